@@ -1,0 +1,87 @@
+"""`onehour evaluate`: exported weights or a checkpoint, measured on the whole validation split in one process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline import checkpoint, config, model, resume
+from pipeline.decode import PillowDecoder
+from pipeline.evaluate import Result, evaluate
+from pipeline.loader import Loader, default_threads, evaluation_requests
+from pipeline.reader import ShardReader
+from pipeline.schema import Transform
+from pipeline.train import RESOLVED_FILE
+from shards.errors import UserError
+from shards.index import load_split
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate what `args.weights` names and print the result."""
+    weights, run_folder = _find(args.weights)
+    config_path = args.config or (run_folder / RESOLVED_FILE if run_folder else None)
+    if config_path is None or not Path(config_path).exists():
+        raise UserError(
+            f"{args.weights}: there is no {RESOLVED_FILE} beside the weights",
+            "Say how they were trained: --config ds_configs/X.json",
+        )
+    overrides = [f"recipe.data={json.dumps(args.data)}"] if args.data else []
+    experiment = config.load(config_path, overrides)
+    recipe = experiment.recipe
+    split = load_split(Path(recipe.data), recipe.evaluation.split)
+    network = model.create(recipe.model, len(split.classes), recipe.seed)
+    checkpoint.load_weights(weights, network)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader = ShardReader(split)
+    requests = evaluation_requests(len(split), recipe.evaluation.micro_batch_size or 64, rank=0, world_size=1)
+    with Loader(
+        reader,
+        PillowDecoder(recipe.transform, recipe.seed),
+        requests,
+        threads=default_threads(1),
+        prefetch=recipe.loader.prefetch,
+        pin=device.type == "cuda",
+    ) as batches:
+        result = evaluate(
+            _fp32_forward(network.to(device).eval(), recipe.transform, device),
+            batches,
+            images=len(split),
+            device=device,
+        )
+    _print(weights, split.name, result, as_json=args.json)
+    return 0
+
+
+def _fp32_forward(network: nn.Module, transform: Transform, device: torch.device):
+    normalise = model.Normalise(transform.mean, transform.std, device)
+    return lambda images: network(normalise(images))
+
+
+def _find(path: Path) -> tuple[Path, Path | None]:
+    """The weights file that `path` means, and the run folder it belongs to, if it does."""
+    if path.is_file():
+        candidates = [path.parent, path.parent.parent.parent]
+        return path, next((folder for folder in candidates if (folder / RESOLVED_FILE).exists()), None)
+    if (path / resume.STATE_FILE).exists():
+        return path / checkpoint.WEIGHTS_FILE, path.parent.parent
+    if (path / checkpoint.WEIGHTS_FILE).exists():
+        return path / checkpoint.WEIGHTS_FILE, path
+    saved = resume.find_latest(path)
+    if saved is not None:
+        return saved.folder / checkpoint.WEIGHTS_FILE, path
+    raise UserError(f"{path}: neither a weights file, nor a checkpoint, nor a run folder with either")
+
+
+def _print(weights: Path, split: str, result: Result, *, as_json: bool) -> None:
+    if as_json:
+        figures = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "images": result.images}
+        print(json.dumps({"weights": str(weights), "split": split, **figures}))
+    else:
+        print(
+            f"top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %   loss {result.loss:.4f}   "
+            f"{result.images:,} images of {split}, all of them   {weights}"
+        )

@@ -1,0 +1,101 @@
+"""Which part of an image a sample shows, keyed by (seed, epoch, sample): no thread, worker or rank enters.
+
+The random words come from Philox with the run's seed as key and (epoch, sample id) as counter, so any sample's view
+can be drawn at any time without a state. The rules are torchvision's, so that the numbers compare with everybody's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.schema import Transform
+
+RESIZED_CROP_ATTEMPTS = 10  # as torchvision.transforms.RandomResizedCrop
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle of the image, in pixels, and whether it is mirrored left to right."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flip: bool = False
+
+
+class Augmentation:
+    """Draws the training view of a sample.
+
+    Args:
+        transform: sizes and ranges.
+        seed: the run's seed.
+    """
+
+    def __init__(self, transform: Transform, seed: int) -> None:
+        self.transform = transform
+        self._key = int.from_bytes(hashlib.sha256(f"augment:{seed}".encode()).digest()[:16], "little")
+        self._log_ratio = (math.log(transform.ratio[0]), math.log(transform.ratio[1]))
+
+    def view(self, width: int, height: int, epoch: int, sample: int) -> View:
+        """The view of one sample in one epoch.
+
+        Args:
+            width, height: of the image, in pixels.
+            epoch: 0-based.
+            sample: id in the training split.
+
+        Returns:
+            `resized`: a crop of the image, to be scaled to `size` × `size`; `none`: the whole image, likewise;
+            `padded`: a `size` × `size` rectangle of the image scaled to `size` × `size`, that may reach up to
+            `padding` pixels outside of it.
+        """
+        draw = _Uniform(self._key, epoch, sample)
+        flip = draw() < 0.5 if self.transform.flip else False
+        if self.transform.crop == "resized":
+            return self._resized_crop(width, height, draw, flip)
+        if self.transform.crop == "padded":
+            size, padding = self.transform.size, self.transform.padding
+            left, top = (draw.integer(2 * padding) - padding for _ in range(2))
+            return View(left, top, size, size, flip)
+        return View(0, 0, width, height, flip)
+
+    def _resized_crop(self, width: int, height: int, draw: _Uniform, flip: bool) -> View:
+        """torchvision's RandomResizedCrop.get_params: area and log aspect ratio uniform, ten attempts."""
+        low, high = self.transform.scale
+        for _ in range(RESIZED_CROP_ATTEMPTS):
+            area = width * height * (low + (high - low) * draw())
+            ratio = math.exp(self._log_ratio[0] + (self._log_ratio[1] - self._log_ratio[0]) * draw())
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                top = draw.integer(height - crop_height)
+                left = draw.integer(width - crop_width)
+                return View(left, top, crop_width, crop_height, flip)
+        # too long or too wide an image: the largest central crop within the ratios
+        crop_width, crop_height = width, height
+        if width / height < self.transform.ratio[0]:
+            crop_height = round(width / self.transform.ratio[0])
+        elif width / height > self.transform.ratio[1]:
+            crop_width = round(height * self.transform.ratio[1])
+        return View((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height, flip)
+
+
+class _Uniform:
+    """Uniform draws from one sample's own Philox stream."""
+
+    WORDS = 48  # the most that one view can use: 1 + 10 attempts × 2 + 2, with room
+
+    def __init__(self, key: int, epoch: int, sample: int) -> None:
+        self._words = iter(np.random.Philox(key=key, counter=[0, 0, epoch, sample]).random_raw(self.WORDS).tolist())
+
+    def __call__(self) -> float:
+        """A float in [0, 1): the top 53 bits of a word."""
+        return (next(self._words) >> 11) * 2.0**-53
+
+    def integer(self, high: int) -> int:
+        """An integer in [0, high], both included."""
+        return int(self() * (high + 1))

@@ -1,0 +1,145 @@
+"""The `onehour` command: plan, train, evaluate, report, audit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from shards.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0 done, 1 not done, 2 a mistake of the user's."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        # imported here, so that `plan` starts without what the others need
+        if args.command == "plan":
+            return _plan(args)
+        if args.command == "train":
+            from pipeline import launch
+
+            return launch.run(args, rest)
+        if args.command == "evaluate":
+            from pipeline import assess
+
+            return assess.run(args)
+        if args.command == "audit":
+            return _audit(args)
+        from pipeline import report
+
+        return report.run(args)
+    except UserError as error:
+        print(f"onehour: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pipeline import launch, report
+    from pipeline.experiment import add_config_arguments
+
+    parser = argparse.ArgumentParser(
+        prog="onehour",
+        description="ImageNet training from one DeepSpeed JSON file: exact epochs on tar shards, "
+        "the large-minibatch recipe of Goyal et al. 2017.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    plan = commands.add_parser("plan", help="show what a configuration will train, without starting anything")
+    add_config_arguments(plan)
+    launch.add_rank_arguments(plan)
+    plan.add_argument("--world-size", type=int, metavar="W", help="number of ranks, wherever they are")
+    plan.add_argument("--samples", type=int, metavar="N", help="training images, when the shards are not at hand")
+    plan.add_argument(
+        "--build-model", action="store_true", help="also build the model, for its decay groups and memory (slower)"
+    )
+    plan.add_argument("--json", action="store_true", help="the numbers and the resolved DeepSpeed JSON, for scripts")
+
+    train = commands.add_parser("train", help="train, on this machine or on a hostfile's")
+    launch.add_arguments(train)
+
+    evaluate = commands.add_parser("evaluate", help="measure exported weights or a checkpoint on the whole split")
+    evaluate.add_argument("weights", type=Path, help="a .safetensors file, a checkpoint folder, or a run folder")
+    evaluate.add_argument("--config", help="the configuration; default: config.resolved.json of the run")
+    evaluate.add_argument("--data", help="folder of shards; default: the configuration's")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object")
+
+    report_parser = commands.add_parser("report", help="one HTML page about one run, or comparing several")
+    report.add_arguments(report_parser)
+
+    audit = commands.add_parser("audit", help="prove from a run's record that every image was used once per epoch")
+    audit.add_argument("run", type=Path, help="a run trained with recipe.logging.record_samples")
+    return parser
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from pipeline import config, launch, plan
+    from pipeline.experiment import open_run, overrides_of
+
+    experiment = config.load(args.config, overrides_of(args))
+    where = ""
+    if args.world_size is not None:
+        if args.hostfile or args.ranks:
+            raise UserError("--world-size and --hostfile or --ranks both say how many ranks there are: give one")
+        world_size = args.world_size
+    else:
+        ranks = launch.ranks_of(args)
+        world_size, where = ranks.world_size, ranks.where
+    if args.samples is not None:
+        if args.samples < 1:
+            raise UserError(f"--samples {args.samples}: a training set has at least one image")
+        resolved, classes = plan.resolve(experiment, world_size, samples=args.samples), 1000
+    else:
+        resolved, train, _ = open_run(experiment, world_size)
+        classes = len(train.classes)
+    rows = None
+    if args.build_model:
+        from pipeline import model
+
+        recipe = experiment.recipe
+        rows = model.describe(
+            model.create(recipe.model, classes, recipe.seed),
+            weight_decay=experiment.blocks.optimizer.params.get("weight_decay", 0),
+            micro=resolved.batch.micro,
+            size=recipe.transform.size,
+            precision=experiment.precision,
+        )
+    if args.json:
+        print(json.dumps(resolved.summary(), indent=2))
+    else:
+        print(plan.format_page(resolved.page(ranks=where, model_lines=rows)))
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from pipeline.metrics import RunRecord
+    from pipeline.samples import audit
+
+    record = RunRecord.read(args.run)
+    samples = record.start["train_samples"]
+    rows = audit(args.run, samples)
+    table = Table(box=None, pad_edge=False)
+    for name in ("epoch", "images", "used", "missing", "repeated"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            *(f"{value:,}" for value in (row["epoch"], samples, row["used"], row["missing"], row["repeated"]))
+        )
+    Console().print(table)
+    exact = all(row["missing"] == row["repeated"] == 0 for row in rows)
+    print(
+        "every image at most once per epoch, none missing from a finished one" if exact else "the epochs are not exact"
+    )
+    return 0 if exact else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""The only module that imports deepspeed: it resolves the JSON into what trains right, and runs updates.
+
+Traps of DeepSpeed 0.19 that are closed here (docs/precision.md has the measurements):
+
+- the `fp16` block at ZeRO stage 0 divides gradients by a loss scale that it never multiplied in, and both half
+  precision blocks cast BN's weights; the blocks become `torch_autocast` with our loss scaler settings;
+- a C++ extension that CPU training does not use is compiled at start-up, for two minutes;
+- the throughput timer synchronises the device twice per micro-batch unless disabled.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while deepspeed is imported
+
+import deepspeed
+import deepspeed.comm as ds_comm
+from deepspeed.runtime import lr_schedules
+
+from pipeline.loader import MicroBatch
+from pipeline.model import LogicalWorkerStatistics, Normalise, parameter_groups
+from pipeline.plan import Plan
+from pipeline.schedule import GradualWarmupLR
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+def join(world_size: int | None = None) -> World:
+    """Join the process group that the launcher set up (deepspeed, torchrun, MPI), or be a group of one.
+
+    Args:
+        world_size: the number of ranks that was planned, checked against the launcher's; None for any.
+
+    Raises:
+        RuntimeError: the launcher started another number of ranks.
+    """
+    # built by DeepSpeed for inference on CPUs only, but compiled whenever the CPU is the accelerator
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+        )
+    cuda = torch.cuda.is_available()
+    if cuda and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    size = ds_comm.get_world_size()
+    if world_size is not None and size != world_size:
+        raise RuntimeError(f"{world_size} ranks were planned, {size} were started")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(
+        rank=ds_comm.get_rank(),
+        size=size,
+        local_rank=local_rank,
+        local_size=int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size),
+        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def leave() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def deepspeed_config(plan: Plan) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets: the user's JSON with the batch triangle and the precision resolved."""
+    config = deepcopy(plan.config.raw)
+    recipe = plan.config.recipe
+    del config["recipe"]
+    config.update(plan.batch.deepspeed())
+    for block in ("fp16", "bf16"):
+        config.pop(block, None)
+    if plan.config.precision != "fp32":
+        config["torch_autocast"] = {**config.get("torch_autocast", {}), "enabled": True, "dtype": plan.config.precision}
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+    if config["optimizer"]["type"] in ("Adam", "AdamW"):
+        config["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed's own is compiled at start-up
+    config["scheduler"]["params"].update(
+        lr=plan.config.lr,
+        reference_batch=recipe.reference_batch,
+        train_batch_size=plan.batch.train,
+        samples_per_epoch=plan.train_samples,
+    )
+    return config
+
+
+class Engine:
+    """A model under DeepSpeed: one call per update.
+
+    Args:
+        model: a timm model on the CPU; it is moved to the device.
+        plan: the resolved run.
+        world: this process among the ranks.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, world: World) -> None:
+        lr_schedules.GradualWarmupLR = GradualWarmupLR  # where DeepSpeed looks up "scheduler": {"type": …}
+        self.plan = plan
+        self.world = world
+        self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
+            model=model.to(world.device), model_parameters=parameter_groups(model), config=deepspeed_config(plan)
+        )
+        assert isinstance(self.scheduler, GradualWarmupLR)
+        # not before: initialize views every parameter as contiguous bytes
+        self.model: nn.Module = self._engine.module.to(memory_format=torch.channels_last)
+        self._statistics = LogicalWorkerStatistics(self.model, plan.batch.accumulation)
+        transform = plan.config.recipe.transform
+        self._normalise = Normalise(transform.mean, transform.std, world.device)
+        self._overflows = OverflowCounter(self.optimizer, world.device)
+        self._configure_loss_scale()
+        self._fill_fused_momentum()
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The current loss scale, or None where the precision needs none. Reading it waits for the device."""
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        return scaler.get_scale() if scaler is not None else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that were not applied because a gradient overflowed. Reading it waits for the device."""
+        return self._overflows.skipped
+
+    @property
+    def lr_used(self) -> float:
+        """The learning rate that the optimizer held when it last stepped."""
+        return self._overflows.lr_used
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (n, 3, size, size) on any device → logits (n, classes), in the run's precision."""
+        return self._engine(self._normalise(images))
+
+    def update(self, micro_batches: Iterator[MicroBatch], samples: int) -> tuple[torch.Tensor, list[MicroBatch]]:
+        """One update from k/W micro-batches of this rank.
+
+        The loss is the mean over each micro-batch; DeepSpeed divides by accumulation and ranks, so the gradient is
+        the 1/(kn) average of the whole minibatch (the paper's third remark).
+
+        Args:
+            micro_batches: taken from as many times as there are accumulation steps.
+            samples: the update's position in the stream, which decides the learning rate.
+
+        Returns:
+            float64 sums (loss, correct, images) over this rank's micro-batches, on the device and not waited for;
+            and the micro-batches.
+        """
+        self.scheduler.seek(samples)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        used = []
+        self._engine.train()
+        with self._statistics.update():
+            for index in range(self.plan.batch.accumulation):
+                batch = next(micro_batches)
+                used.append(batch)
+                self._statistics.micro_step(index)
+                labels = batch.labels.to(self.world.device, non_blocking=True)
+                logits = self.forward(batch.images).float()
+                loss = F.cross_entropy(logits, labels)
+                with torch.no_grad():
+                    count = len(labels)
+                    correct = (logits.argmax(dim=1) == labels).sum()
+                    sums += torch.stack(
+                        [loss.double() * count, correct.double(), torch.full_like(loss, count).double()]
+                    )
+                self._engine.backward(loss)
+                self._overflows.attempt(self._engine.is_gradient_accumulation_boundary())
+                self._engine.step()
+        return sums, used
+
+    def evaluation_mode(self) -> None:
+        """Use running statistics; the next `update` goes back to training."""
+        self._engine.eval()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights and position: optimizer tensors and the loss scale."""
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        return {
+            "optimizer": self.optimizer.state_dict()["state"],
+            "loss_scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def restore(self, state: dict[str, Any], *, samples: int, step: int) -> None:
+        """Continue from `state` at a position. Hyper-parameters stay those of the configuration."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        if scaler is not None and state["loss_scaler"]:
+            scaler.load_state_dict(state["loss_scaler"])
+        self.scheduler.load_state_dict({"samples": samples})
+        self._engine.global_steps = step
+        self._engine.global_samples = samples
+
+    def write_events(self, values: dict[str, float], samples: int) -> None:
+        """Hand scalars to the JSON's own monitors (tensorboard, csv_monitor, wandb, comet); x axis is samples."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events([(name, value, samples) for name, value in values.items()])
+
+    def _configure_loss_scale(self) -> None:
+        """Give the scaler the `fp16` block's settings; DeepSpeed makes it with torch's defaults."""
+        block = self.plan.config.blocks.fp16
+        if not block.enabled or self._engine.torch_autocast_z0_gradscaler is None:
+            return
+        device = self.world.device.type
+        if block.loss_scale:
+            # a fixed scale: never grown, and shrunk by a factor that rounds away in the scaler's float32
+            scaler = torch.amp.GradScaler(
+                device, init_scale=block.loss_scale, backoff_factor=1 - 2**-53, growth_interval=2**31 - 1
+            )
+        else:
+            scaler = torch.amp.GradScaler(
+                device, init_scale=2.0**block.initial_scale_power, growth_interval=block.loss_scale_window
+            )
+        self._engine.torch_autocast_z0_gradscaler = scaler
+
+    def _fill_fused_momentum(self) -> None:
+        """Zero momentum that the fused kernel would otherwise leave uninitialised if the first step overflows."""
+        for group in self.optimizer.param_groups:
+            if group.get("fused") and group.get("momentum"):
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+class OverflowCounter:
+    """Counts updates that the loss scaler withheld, without asking the device at every step.
+
+    An unfused optimizer is not called at all on overflow: attempts − calls. A fused one is always called and skips in
+    its kernel: the flag it is given is summed on the device.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.lr_used = float("nan")
+        self._attempts = 0
+        self._calls = 0
+        self._flags = torch.zeros((), device=device)
+        optimizer.register_step_pre_hook(self._called)
+
+    def attempt(self, boundary: bool) -> None:
+        """Note that an update is about to be tried, if this micro-step ends one."""
+        self._attempts += boundary
+
+    @property
+    def skipped(self) -> int:
+        """Updates withheld so far; waits for the device."""
+        return self._attempts - self._calls + int(self._flags.item())
+
+    def _called(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._calls += 1
+        self.lr_used = optimizer.param_groups[0]["lr"]
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None:
+            self._flags += found.reshape(())

@@ -1,0 +1,48 @@
+"""From the command line to a plan: the arguments that every command shares, and opening a configuration's data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from pipeline import plan as plans
+from pipeline.config import Config
+from pipeline.plan import Plan
+from shards.errors import UserError
+from shards.index import Split, load_split
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
+    """Add CONFIG, `--set`, `--data` and `--run`."""
+    if positional:
+        parser.add_argument("config", help="a DeepSpeed JSON file with a recipe section, e.g. ds_configs/demo.json")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override any value by its path, e.g. --set optimizer.params.lr=0.4 (repeatable)",
+    )
+    parser.add_argument("--data", help="folder of shards; the same as --set recipe.data=DIR")
+    parser.add_argument("--run", help="run folder; the same as --set recipe.run=DIR")
+
+
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """The overrides as `config.load` takes them; folders are quoted so that a name like `1` stays a name."""
+    named = [(key, getattr(args, key)) for key in ("data", "run")]
+    return args.set + [f"recipe.{key}={json.dumps(value)}" for key, value in named if value is not None]
+
+
+def open_run(config: Config, world_size: int) -> tuple[Plan, Split, Split]:
+    """Open both splits and resolve the plan.
+
+    Raises:
+        UserError: shards missing, empty or not matching their index; splits that disagree on the classes; batch
+            sizes that do not divide.
+    """
+    recipe = config.recipe
+    train = load_split(plans.data_folder(config), "train")
+    validation = load_split(plans.data_folder(config), recipe.evaluation.split)
+    if train.classes != validation.classes:
+        raise UserError(f"{recipe.data}: the splits train and {validation.name} have different classes")
+    return plans.resolve(config, world_size, train=train, validation=validation), train, validation

@@ -1,0 +1,229 @@
+"""The timm model as the paper trains it: initialisation, which weights decay, and batch normalisation's statistics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from timm.models.resnet import ResNet
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline import schema
+from shards.errors import UserError
+
+FC_STD = 0.01  # paper §5.1: "The 1000-way fully-connected layer is initialized … with standard deviation of 0.01"
+
+NORMALISATION: tuple[type[nn.Module], ...] = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+"""Chosen by type: a test on the name ("bn" in name) misses the BN of downsampling shortcuts."""
+
+
+def create(recipe: schema.Model, classes: int, seed: int) -> nn.Module:
+    """Build a timm model; residual networks get the paper's initialisation (§5.1).
+
+    He initialisation with fan-out for convolutions, γ = 1 except γ = 0 in each residual block's last BN
+    (`zero_init_last`), N(0, 0.01²) for the classifier. Other models keep their own.
+
+    Args:
+        recipe: name and arguments.
+        classes: number of classes of the data set.
+        seed: every rank builds the same weights from it.
+
+    Raises:
+        UserError: no such model, or arguments it does not take.
+    """
+    if not timm.is_model(recipe.name):
+        near = timm.list_models(f"*{recipe.name}*")[:5]
+        raise UserError(
+            f"recipe.model.name: timm has no model {recipe.name!r}",
+            f"Close to it: {', '.join(near)}"
+            if near
+            else "List them with: python -c 'import timm; timm.list_models()'",
+        )
+    torch.manual_seed(seed)
+    arguments = {"num_classes": classes, **recipe.args}
+    if arguments["num_classes"] < classes:
+        raise UserError(
+            f"recipe.model.args.num_classes {arguments['num_classes']} is less than the data's {classes} classes"
+        )
+    try:
+        model = timm.create_model(recipe.name, **arguments)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise UserError(f"recipe.model.args: {recipe.name} cannot be built with {recipe.args}: {error}") from None
+    if isinstance(model, ResNet):
+        _initialise_resnet(model, zero_init_last=recipe.zero_init_last)
+    elif not recipe.zero_init_last:
+        raise UserError(
+            f"recipe.model.zero_init_last is for residual networks; {recipe.name} has its own initialisation"
+        )
+    return model
+
+
+def _initialise_resnet(model: ResNet, *, zero_init_last: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, _BatchNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    if zero_init_last:
+        for module in model.modules():
+            if hasattr(module, "zero_init_last"):
+                module.zero_init_last()
+    nn.init.normal_(model.fc.weight, std=FC_STD)
+    nn.init.zeros_(model.fc.bias)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups: everything that decays, and normalisation's γ and β, which do not (paper §5.1).
+
+    The classifier's bias decays: the paper exempts BN only.
+    """
+    exempt = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, NORMALISATION) or "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    }
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in parameters if id(parameter) not in exempt]
+    spared = [parameter for parameter in parameters if id(parameter) in exempt]
+    return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+
+
+def describe(model: nn.Module, *, weight_decay: float, micro: int, size: int, precision: str) -> list[tuple[str, str]]:
+    """The rows of the plan's page that need the built model: what decays, and memory.
+
+    Activations are estimated as the outputs of all layers that training keeps for the backward pass, counted on the
+    meta device at the given micro-batch; the true figure depends on fusion and the allocator.
+    """
+    decayed, spared = (len(group["params"]) for group in parameter_groups(model))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    state_bytes = weights * 4 * 3  # weights, gradients, momentum, all fp32
+    activations = _activation_bytes(model, micro, size, 4 if precision == "fp32" else 2)
+    return [
+        ("decay", f"{weight_decay:g} on {decayed} weights and biases; none on {spared} normalisation γ, β"),
+        (
+            "memory",
+            f"{(state_bytes + activations) / 1e9:.1f} GB per rank estimated · {weights / 1e6:.1f} M parameters · "
+            f"checkpoints {weights * 8 / 1e6:,.0f} MB",
+        ),
+    ]
+
+
+def _activation_bytes(model: nn.Module, micro: int, size: int, element_bytes: int) -> int:
+    total = 0
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal total
+        if isinstance(output, torch.Tensor):
+            total += output.numel() * element_bytes
+
+    shadow = deepcopy(model).to("meta").train()
+    for module in shadow.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        shadow(torch.empty(micro, 3, size, size, device="meta"))
+    return total
+
+
+class Normalise:
+    """uint8 images on any device → float32 images on `device`, mean 0 and deviation 1 per channel.
+
+    Args:
+        mean, std: per channel, of pixels in 0 … 1.
+        device: where the images are needed; only bytes travel there.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self.device = device
+        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
+        self._std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) uint8 → (n, 3, H, W) float32, in the same memory format."""
+        return (images.to(self.device, non_blocking=True).float() - self._mean) / self._std
+
+
+# ---------------------------------------------------------------- batch normalisation
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The BN layers that keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+
+
+class LogicalWorkerStatistics:
+    """Makes the running statistics of accumulated micro-batches those of as many workers, averaged.
+
+    k workers update their statistics once per update, r ← (1 − m)·r + m·s_j, and are averaged. One rank that runs g
+    of them in turn would update g times. With momentum m_i = m / (g − (g − i)·m) in micro-step i of g, its result is
+    (1 − m)·r + m·mean(s): what the g workers would have averaged to. So the statistics, like the weights, do not
+    depend on how many ranks share the k workers.
+
+    Args:
+        model: its BN layers; a layer without momentum (a cumulative average) is left alone.
+        accumulation: g.
+    """
+
+    def __init__(self, model: nn.Module, accumulation: int) -> None:
+        self._layers = [(layer, layer.momentum) for layer in batch_norms(model) if layer.momentum is not None]
+        self._accumulation = accumulation
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Around one update: call `micro_step` before each forward pass; the layers' momentum is put back after."""
+        try:
+            yield
+        finally:
+            for layer, momentum in self._layers:
+                layer.momentum = momentum
+
+    def micro_step(self, index: int) -> None:
+        """Prepare the layers for micro-step `index` (0-based)."""
+        if self._accumulation == 1:
+            return
+        g, i = self._accumulation, index + 1
+        for layer, momentum in self._layers:
+            layer.momentum = momentum / (g - (g - i) * momentum)
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Replace every rank's running statistics by their mean over all ranks (in float64).
+
+    DeepSpeed never synchronises buffers, so each rank's differ. The update is linear in the statistics: averaging
+    once before an evaluation or a save gives what averaging after every step would.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    buffers = [buffer for layer in batch_norms(model) for buffer in (layer.running_mean, layer.running_var)]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+# ---------------------------------------------------------------- weights in files
+
+
+def export(model: nn.Module, path: Path, recipe: schema.Model, classes: int) -> None:
+    """Write the weights as safetensors under timm's own names.
+
+    `timm.create_model(name, num_classes=…, checkpoint_path=path, **args)` loads the file; how to call it is in the
+    file's metadata.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    arguments = {"num_classes": classes, **recipe.args}
+    save_file(state, path, metadata={"format": "pt", "timm_model": recipe.name, "timm_args": json.dumps(arguments)})

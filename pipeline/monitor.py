@@ -1,0 +1,202 @@
+"""What a run says and writes down: the screen of rank 0, the record, and the JSON's own monitors."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+from pipeline.engine import Engine
+from pipeline.evaluate import Result
+from pipeline.metrics import FILE_NAME, MetricsWriter
+from pipeline.plan import Plan, format_page
+from pipeline.sums import Window
+
+RECORDED_PACKAGES = ("onehour", "torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow")
+
+
+class Monitor:
+    """Reports one run. Only rank 0 has one.
+
+    Args:
+        plan: the resolved run.
+        engine: receives the scalars for the JSON's own monitors.
+        page: the plan's page, printed first.
+        resumed_from: samples consumed when this process began, or None for a new run.
+    """
+
+    def __init__(self, plan: Plan, engine: Engine, page: list[tuple[str, str]], resumed_from: int | None) -> None:
+        self.plan = plan
+        self.engine = engine
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._metrics = MetricsWriter(plan.config.run_folder / FILE_NAME)
+        self._epochs = plan.config.recipe.epochs
+        self._began = time.perf_counter()
+        self._seen: set[str] = set()
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]:g}"),
+            BarColumn(bar_width=36),
+            TextColumn("{task.percentage:>3.0f} %   {task.fields[figures]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=plan.train_samples, epoch=1, epochs=self._epochs, figures="")
+        text = format_page(page)
+        self.console.print(text, markup=False)
+        self.console.print()
+        summary = plan.summary()
+        del summary["deepspeed"], summary["lr_updates"], summary["milestones"]
+        self._metrics.write(
+            "start",
+            **summary,
+            device=_device_name(engine),
+            host=socket.gethostname(),
+            plan=text,
+            versions=_versions(),
+            resumed_from=resumed_from,
+        )
+        if resumed_from is not None:
+            self._metrics.write(
+                "resume",
+                samples=resumed_from,
+                path=str(plan.config.run_folder),
+                world_size=plan.batch.world_size,
+            )
+            self.console.print(
+                f"resumed   at {resumed_from:,} samples, epoch {plan.epoch(resumed_from):.2f}, "
+                f"on {plan.batch.world_size} rank{'s' * (plan.batch.world_size != 1)}"
+            )
+        self._progress.start()
+
+    def steps(self, *, step: int, samples: int, loss: float, top1: float, lr: float, window: Window) -> None:
+        """Report the updates since the last report. `loss` and `top1` (percent) are means over them."""
+        rate, waiting = window.rates()
+        skipped = self.engine.skipped_steps
+        epoch = self.plan.epoch(samples)
+        remaining = float(self.plan.total_samples) - samples
+        figures = f"loss {loss:.3f}   lr {lr:.4g}   {rate:,.0f} img/s   data wait {100 * waiting:.1f} %"
+        if rate:
+            figures += f"   eta {_duration(max(0, remaining) / rate)}"
+        self._progress.update(
+            self._task,
+            completed=samples % self.plan.train_samples,
+            epoch=min(int(epoch) + 1, int(-(-self._epochs // 1))),
+            figures=figures,
+        )
+        if not self.console.is_terminal:
+            self.console.print(f"epoch {epoch:.2f}/{self._epochs:g}   update {step:,}   {figures}")
+        self._metrics.write(
+            "train",
+            step=step,
+            samples=samples,
+            epoch=epoch,
+            loss=loss,
+            top1=top1,
+            lr=lr,
+            images_per_second=rate,
+            data_wait=waiting,
+            skipped_steps=skipped,
+            step_seconds=window.seconds / max(1, window.steps),
+        )
+        self.engine.write_events(
+            {"Train/loss": loss, "Train/top1": top1, "Train/lr_used": lr, "Train/images_per_second": rate}, samples
+        )
+
+    def skips(self, *, step: int, skipped: int, loss_scale: float | None) -> None:
+        """Report updates that an overflow withheld since the last report."""
+        self.warn(
+            "overflow",
+            f"{skipped} update{'s' * (skipped != 1)} withheld by an overflow near update {step:,}; "
+            f"the loss scale is {loss_scale:g} now. A few are normal while the scale settles.",
+        )
+        self._metrics.write("skip", step=step, skipped=skipped, loss_scale=loss_scale)
+
+    def epoch(self, *, epoch: int, samples: int, loss: float, top1: float, window: Window) -> str:
+        """Record a finished epoch; returns the beginning of its line on the screen."""
+        rate, waiting = window.rates()
+        self._metrics.write(
+            "epoch",
+            epoch=epoch,
+            samples=samples,
+            loss=loss,
+            top1=top1,
+            seconds=window.seconds,
+            images_per_second=rate,
+            data_wait=waiting,
+        )
+        return f"epoch {epoch:>2}  train loss {loss:.3f}  top-1 {top1:.2f} %   {window.seconds:.1f} s"
+
+    def evaluation(self, *, samples: int, result: Result) -> str:
+        """Record an evaluation; returns its part of the epoch's line."""
+        self._metrics.write(
+            "evaluation",
+            epoch=self.plan.epoch(samples),
+            samples=samples,
+            top1=result.top1,
+            top5=result.top5,
+            loss=result.loss,
+            images=result.images,
+            seconds=result.seconds,
+        )
+        self.engine.write_events({"Validation/top1": result.top1, "Validation/top5": result.top5}, samples)
+        return f"val {result.top1:.2f} % top-1  {result.top5:.2f} % top-5  ({result.images:,} images)"
+
+    def checkpoint(self, *, samples: int, path: str, seconds: float) -> str:
+        """Record a save; returns its part of the line."""
+        self._metrics.write("checkpoint", samples=samples, path=path, seconds=seconds)
+        return f"saved {path}"
+
+    def line(self, *parts: str) -> None:
+        """Print one line of a finished epoch."""
+        self.console.print("   ".join(part for part in parts if part), markup=False)
+
+    def warn(self, kind: str, message: str) -> None:
+        """Record a warning, and print the first of its kind."""
+        self._metrics.write("warning", kind=kind, message=message)
+        if kind not in self._seen:
+            self._seen.add(kind)
+            self.console.print(f"[yellow]warning[/]   {escape(message)}")
+
+    def finish(self, **figures: Any) -> None:
+        """Record that the run is complete; only a run with this event succeeded."""
+        self._metrics.write("finished", **figures)
+
+    def seconds(self) -> float:
+        """Since this process began to report."""
+        return time.perf_counter() - self._began
+
+    def close(self) -> None:
+        """Take the live line off the screen and close the record."""
+        self._progress.stop()
+        self._metrics.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _device_name(engine: Engine) -> str:
+    import torch
+
+    world = engine.world
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "CPU"
+    return f"{world.size} × {name}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,261 @@
+"""The resolved run as numbers and as a page: what will be trained, said before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from pipeline import batch as batch_sizes
+from pipeline.batch import Batch
+from pipeline.config import Config
+from pipeline.order import order_name
+from pipeline.schedule import Schedule, exact
+from shards.index import Split
+
+PRECISION_PAGE = {
+    "fp32": "fp32 throughout",
+    "float16": "autocast float16 + dynamic loss scale; weights, BN, loss and optimizer in fp32",
+    "bfloat16": "autocast bfloat16; weights, BN, loss and optimizer in fp32",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration resolved against a world size and a data set.
+
+    Attributes:
+        config: the validated file.
+        batch: the sizes of one update.
+        schedule: the learning rate at any position.
+        train_samples: N.
+        val_samples: images of the validation split, or None when no data set was at hand.
+        shards: (training, validation) shard counts and bytes of the tars, or None likewise.
+        digest: digest of the training split's index, or None likewise.
+    """
+
+    config: Config
+    batch: Batch
+    schedule: Schedule
+    train_samples: int
+    val_samples: int | None = None
+    shards: dict[str, int] | None = None
+    digest: str | None = None
+
+    @property
+    def steps_per_epoch(self) -> Fraction:
+        """Updates per epoch; an epoch may end inside an update."""
+        return Fraction(self.train_samples, self.batch.train)
+
+    @property
+    def total_samples(self) -> Fraction:
+        """Samples that the configured epochs ask for."""
+        return exact(self.config.recipe.epochs) * self.train_samples
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run; the last may reach past its end by part of a batch."""
+        return math.ceil(self.total_samples / self.batch.train)
+
+    def epoch(self, samples: int) -> float:
+        """The position `samples` in epochs."""
+        return samples / self.train_samples
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as plain numbers, for `--json` and for the run's record."""
+        recipe = self.config.recipe
+        return {
+            "config": str(self.config.path),
+            "overrides": list(self.config.overrides),
+            "model": recipe.model.name,
+            "train_samples": self.train_samples,
+            "val_samples": self.val_samples,
+            "epochs": recipe.epochs,
+            "seed": recipe.seed,
+            "world_size": self.batch.world_size,
+            "train_batch_size": self.batch.train,
+            "micro_batch": self.batch.micro,
+            "logical_workers": self.batch.logical_workers,
+            "accumulation": self.batch.accumulation,
+            "reference_lr": float(self.schedule.reference_lr),
+            "reference_batch": recipe.reference_batch,
+            "peak_lr": float(self.schedule.peak_lr),
+            "lr_updates": [{"update": update, "lr": lr} for update, lr in self._key_updates()],
+            "steps_per_epoch": float(self.steps_per_epoch),
+            "steps": self.steps,
+            "milestones": [
+                {"epoch": float(epoch), "update": self._update_at(epoch), "lr": self._lr_at(epoch)}
+                for epoch in self.schedule.milestones
+            ],
+            "order": order_name(self.train_samples),
+            "precision": self.config.precision,
+            "index_digest": self.digest,
+            "run": str(self.config.run_folder),
+            "deepspeed": {**self.config.resolved(), **self.batch.deepspeed()},
+        }
+
+    def page(self, *, ranks: str = "", model_lines: list[tuple[str, str]] | None = None) -> list[tuple[str, str]]:
+        """The plan for people: (label, text) rows; the first row's label is the experiment's name.
+
+        Args:
+            ranks: where the ranks are, e.g. "4 hosts × 8".
+            model_lines: rows that need the built model (`model.describe`), placed where they belong.
+        """
+        config, batch, schedule = self.config, self.batch, self.schedule
+        recipe = config.recipe
+        images = f"{self.train_samples:,} train"
+        if self.val_samples is not None:
+            images += f" / {self.val_samples:,} {recipe.evaluation.split}"
+        overrun = (self.steps * batch.train - self.total_samples) / batch.train
+        reaches = (
+            f" · the last reaches into epoch {math.floor(recipe.epochs) + 1} by {float(overrun):.2g} of a batch"
+            if overrun
+            else ""
+        )
+        rows = [
+            (config.name, f"{recipe.model.name} · {images} · {recipe.epochs:g} epochs · {config.path}"),
+            (
+                "batch",
+                f"{batch.train:,} = {batch.micro} micro-batch × {batch.accumulation} accumulation × "
+                f"{batch.world_size} rank{'s' * (batch.world_size != 1)}{f' ({ranks})' if ranks else ''} · "
+                f"{batch.logical_workers} logical workers of n = {batch.micro}",
+            ),
+            ("steps", f"{float(self.steps_per_epoch):,.2f} per epoch · {self.steps:,} in all{reaches}"),
+            (
+                "rate",
+                f"{float(schedule.reference_lr):g} per {recipe.reference_batch} → peak {float(schedule.peak_lr):g} "
+                f"(× {float(Fraction(batch.train, recipe.reference_batch)):g}) · "
+                "linear scaling rule, Goyal et al. §2.1",
+            ),
+            ("", self._warmup_line()),
+        ]
+        if schedule.milestones:
+            epochs = " / ".join(f"{float(epoch):g}" for epoch in schedule.milestones)
+            rates = " / ".join(f"{self._lr_at(epoch):.6g}" for epoch in schedule.milestones)
+            updates = " / ".join(f"{self._update_at(epoch):,}" for epoch in schedule.milestones)
+            rows.append(("", f"epoch {epochs} → {rates} · at updates {updates}"))
+        decay = config.blocks.optimizer.params.get("weight_decay", 0)
+        rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
+        rows += [
+            ("precision", self._precision_line()),
+            (
+                "order",
+                f"{order_name(self.train_samples)}, seed {recipe.seed}: "
+                "every image once per epoch, any number of ranks",
+            ),
+            ("data", self._data_line()),
+            (
+                "saves",
+                f"every {recipe.checkpoint.every_epochs:g} epoch{'s' * (recipe.checkpoint.every_epochs != 1)}, "
+                f"keep {recipe.checkpoint.keep} → {config.run_folder}",
+            ),
+        ]
+        return rows
+
+    def _update_at(self, epoch: Fraction) -> int:
+        return self.schedule.first_update_at(epoch, self.batch.train)
+
+    def _lr_at(self, epoch: Fraction) -> float:
+        return self.schedule.lr(self._update_at(epoch) * self.batch.train)
+
+    def _key_updates(self) -> list[tuple[int, float]]:
+        """(update, LR) where the rate starts, reaches its peak, steps, and ends."""
+        updates = {0, self.steps - 1, *(self._update_at(epoch) for epoch in self.schedule.milestones)}
+        if self.schedule.warms_up:
+            peak = self._update_at(self.schedule.warmup_epochs)
+            updates |= {1, peak - 1, peak}
+        return [(u, self.schedule.lr(u * self.batch.train)) for u in sorted(updates) if 0 <= u < self.steps]
+
+    def _warmup_line(self) -> str:
+        schedule = self.schedule
+        peak = float(schedule.peak_lr)
+        if not schedule.warms_up:
+            why = "warmup none" if schedule.warmup == "none" else "nothing to warm up: the batch is not scaled up"
+            return f"update 0 … {peak:g} · {why}"
+        last = self._update_at(schedule.warmup_epochs) - 1
+        how = "in equal increments per update" if schedule.warmup == "gradual" else f"held, then {peak:g}"
+        low = float(schedule.reference_lr)
+        rates = f"{low:g} → {peak:g}" if schedule.warmup == "gradual" else f"{low:g}"
+        return f"update 0 … {last:,} {rates} {how} · {float(schedule.warmup_epochs):g} epochs, {schedule.warmup}"
+
+    def _precision_line(self) -> str:
+        blocks = self.config.blocks
+        block = "fp16" if blocks.fp16.enabled else "bf16" if blocks.bf16.enabled else None
+        text = PRECISION_PAGE[self.config.precision]
+        if blocks.fp16.enabled and blocks.fp16.loss_scale:
+            text = text.replace("dynamic loss scale", f"loss scale {blocks.fp16.loss_scale:g}")
+        return f"{block} block → {text} (why: docs/precision.md)" if block else text
+
+    def _data_line(self) -> str:
+        if self.shards is None or self.digest is None:
+            return f"{self.config.recipe.data} was not read: sizes are as given"
+        gigabytes = self.shards["bytes"] / 1e9
+        size = f"{gigabytes:.0f} GB" if gigabytes >= 10 else f"{self.shards['bytes'] / 1e6:,.1f} MB"
+        recipe = self.config.recipe
+        return (
+            f"{recipe.data}: {self.shards['train']:,} shards, {size}, index {self.digest[:4]}…{self.digest[-2:]} · "
+            f"decode: Pillow · {recipe.evaluation.split} on {self.val_samples:,} exactly"
+        )
+
+
+def resolve(
+    config: Config,
+    world_size: int,
+    *,
+    train: Split | None = None,
+    validation: Split | None = None,
+    samples: int | None = None,
+) -> Plan:
+    """Bring a configuration, a world size and a data set together.
+
+    Args:
+        config: the validated file.
+        world_size: number of ranks.
+        train, validation: the opened splits; without them `samples` is N.
+        samples: N when no data set is at hand (`onehour plan --samples`).
+
+    Raises:
+        UserError: the batch sizes do not divide over the ranks.
+    """
+    batch = batch_sizes.resolve(config, world_size)
+    if samples is None:
+        assert train is not None, "a plan needs a training split or a number of samples"
+        samples = len(train)
+    schedule = Schedule.build(
+        config.blocks.scheduler.params,
+        lr=config.lr,
+        reference_batch=config.recipe.reference_batch,
+        train_batch_size=batch.train,
+        samples_per_epoch=samples,
+    )
+    if train is None or validation is None:
+        return Plan(config, batch, schedule, samples)
+    splits = (train, validation)
+    return Plan(
+        config,
+        batch,
+        schedule,
+        samples,
+        val_samples=len(validation),
+        shards={
+            "train": len(train.shards),
+            "val": len(validation.shards),
+            "bytes": sum(shard.size for split in splits for shard in split.shards),
+        },
+        digest=train.digest,
+    )
+
+
+def format_page(rows: list[tuple[str, str]]) -> str:
+    """The page as plain text, for logs, records and pipes."""
+    width = max(len(label) for label, _ in rows[1:]) + 2
+    (name, headline), *rest = rows
+    lines = [f"{name}   {headline}", ""]
+    return "\n".join(lines + [f"{label:<{width}}{text}" for label, text in rest])
+
+
+def data_folder(config: Config) -> Path:
+    """The folder of shards that the recipe names."""
+    return Path(config.recipe.data)

@@ -1,0 +1,61 @@
+"""Loss, accuracy and time over a stretch of updates; what is on the device stays there until somebody asks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+class Window:
+    """Time and images between two reports.
+
+    Attributes:
+        steps: updates.
+        images: over all ranks.
+        seconds: in updates; evaluation and saving are not counted.
+        waited: seconds of those that the training stood still for data, on this rank.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.images = 0
+        self.seconds = 0.0
+        self.waited = 0.0
+
+    def add(self, images: int, seconds: float, waited: float) -> None:
+        """Count one update."""
+        self.steps += 1
+        self.images += images
+        self.seconds += seconds
+        self.waited += waited
+
+    def rates(self) -> tuple[float, float]:
+        """(images per second over all ranks, share of the time that waited for data)."""
+        if not self.seconds:
+            return 0.0, 0.0
+        return self.images / self.seconds, self.waited / self.seconds
+
+
+class StepSums:
+    """Sums over updates of this rank; `reduce` makes means over all ranks.
+
+    Args:
+        device: where the sums are kept, so that adding an update waits for nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.window = Window()
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, sums: torch.Tensor, images: int, seconds: float, waited: float) -> None:
+        """Count one update: `sums` is (loss, correct, images) of this rank, `images` that of all ranks."""
+        self._sums += sums
+        self.window.add(images, seconds, waited)
+
+    def reduce(self) -> tuple[float, float]:
+        """(mean loss per image, top-1 accuracy in percent) over all ranks; every rank must call it."""
+        total = self._sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        loss, correct, images = total.tolist()
+        return loss / images, 100 * correct / images
