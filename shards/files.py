@@ -1,0 +1,106 @@
+"""Writing files so that they are either whole or not there, and hashing and locking them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from shards.errors import UserError
+
+LOCK_NAME = ".lock"
+
+
+@contextmanager
+def whole_file(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under its name only when complete and on disk.
+
+    The temporary name contains the process id: a worker that outlived a killed parent can then never write
+    into the file of its successor.
+
+    Args:
+        path: final name; replaced atomically when the block ends without an exception.
+        scratch: folder on the same file system for the temporary file; the target's own by default.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written.
+    """
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path)):
+            raise  # some other file failed inside the block; its own message is better
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}",
+            "Nothing half-written counts as done: free or choose another disk, then run the same command again.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """`whole_file` for content that is already there."""
+    with whole_file(path, scratch) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside the folder durable; a no-op where folders cannot be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the only right to write into a data set folder, for as long as the block runs.
+
+    The lock belongs to the process and ends with it, however it ends. The lock file itself stays: removing it
+    would let two processes lock two different files of the same name.
+
+    Raises:
+        UserError: at once, if another process holds it or the folder cannot be written.
+    """
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{folder}: another shards process is writing here",
+            "Wait for it to end, or choose another folder.",
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
