@@ -105,6 +105,14 @@ def resolve(config: Config, world_size: int) -> Batch:
     return Batch(train, micro, derived, world_size)
 
 
+def largest_world_size(config: Config, available: int) -> int:
+    """The most ranks, up to `available`, that the configuration's logical workers can be divided over."""
+    train, micro = config.blocks.train_batch_size, config.blocks.train_micro_batch_size_per_gpu
+    if train is None or micro is None or train % micro:
+        return available
+    return max(ranks for ranks in range(1, available + 1) if train // micro % ranks == 0)
+
+
 def _neighbours(value: int, unit: int) -> list[int]:
     below = value // unit * unit
     return [candidate for candidate in (below, below + unit) if candidate > 0]

@@ -91,7 +91,7 @@ def _plan(args: argparse.Namespace) -> int:
             raise UserError("--world-size and --hostfile or --ranks both say how many ranks there are: give one")
         world_size = args.world_size
     else:
-        ranks = launch.ranks_of(args)
+        ranks = launch.ranks_of(args, experiment)
         world_size, where = ranks.world_size, ranks.where
     if args.samples is not None:
         if args.samples < 1:
@@ -120,7 +120,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from pipeline.metrics import RunRecord
+    from pipeline.record import RunRecord
     from pipeline.samples import audit
 
     record = RunRecord.read(args.run)

@@ -11,7 +11,6 @@ Traps of DeepSpeed 0.19 that are closed here (docs/precision.md has the measurem
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import deepspeed
 import deepspeed.comm as ds_comm
 from deepspeed.runtime import lr_schedules
 
+from pipeline import hosts
 from pipeline.loader import MicroBatch
 from pipeline.model import LogicalWorkerStatistics, Normalise, parameter_groups
 from pipeline.plan import Plan
@@ -61,7 +61,7 @@ def join(world_size: int | None = None) -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(hosts.free_port())
         )
     cuda = torch.cuda.is_available()
     if cuda and "LOCAL_RANK" in os.environ:
@@ -78,12 +78,6 @@ def join(world_size: int | None = None) -> World:
         local_size=int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size),
         device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def leave() -> None:
@@ -137,6 +131,7 @@ class Engine:
         transform = plan.config.recipe.transform
         self._normalise = Normalise(transform.mean, transform.std, world.device)
         self._overflows = OverflowCounter(self.optimizer, world.device)
+        self._lr_used = float("nan")
         self._configure_loss_scale()
         self._fill_fused_momentum()
 
@@ -153,8 +148,8 @@ class Engine:
 
     @property
     def lr_used(self) -> float:
-        """The learning rate that the optimizer held when it last stepped."""
-        return self._overflows.lr_used
+        """The learning rate that the optimizer held at the last update, applied or withheld."""
+        return self._lr_used
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (n, 3, size, size) on any device → logits (n, classes), in the run's precision."""
@@ -193,7 +188,8 @@ class Engine:
                         [loss.double() * count, correct.double(), torch.full_like(loss, count).double()]
                     )
                 self._engine.backward(loss)
-                self._overflows.attempt(self._engine.is_gradient_accumulation_boundary())
+                self._overflows.attempts += self._engine.is_gradient_accumulation_boundary()
+                self._lr_used = self.optimizer.param_groups[0]["lr"]
                 self._engine.step()
         return sums, used
 
@@ -255,27 +251,24 @@ class OverflowCounter:
 
     An unfused optimizer is not called at all on overflow: attempts − calls. A fused one is always called and skips in
     its kernel: the flag it is given is summed on the device.
+
+    Attributes:
+        attempts: updates tried, counted by the caller.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.lr_used = float("nan")
-        self._attempts = 0
+        self.attempts = 0
         self._calls = 0
         self._flags = torch.zeros((), device=device)
         optimizer.register_step_pre_hook(self._called)
 
-    def attempt(self, boundary: bool) -> None:
-        """Note that an update is about to be tried, if this micro-step ends one."""
-        self._attempts += boundary
-
     @property
     def skipped(self) -> int:
         """Updates withheld so far; waits for the device."""
-        return self._attempts - self._calls + int(self._flags.item())
+        return self.attempts - self._calls + int(self._flags.item())
 
     def _called(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._calls += 1
-        self.lr_used = optimizer.param_groups[0]["lr"]
         found = getattr(optimizer, "found_inf", None)
         if found is not None:
             self._flags += found.reshape(())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,3 +106,10 @@ def local_accelerators() -> int:
         return 0
     listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60, check=False)
     return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

@@ -21,11 +21,12 @@ from types import FrameType
 
 from rich.console import Console
 
-from pipeline import config, hosts, resume
+from pipeline import batch, config, hosts, resume
 from pipeline.config import Config
 from pipeline.experiment import add_config_arguments, open_run, overrides_of
-from pipeline.metrics import FILE_NAME, RunRecord, read_metrics
+from pipeline.metrics import FILE_NAME, read_metrics
 from pipeline.plan import Plan
+from pipeline.record import RunRecord
 from shards.errors import UserError
 
 DEFAULT_CPU_RANKS = 2
@@ -64,8 +65,11 @@ def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exclude", default="", help="hosts and slots not to use")
 
 
-def ranks_of(args: argparse.Namespace) -> Ranks:
+def ranks_of(args: argparse.Namespace, experiment: Config) -> Ranks:
     """Count the ranks that the launcher will start.
+
+    Where neither `--ranks` nor a hostfile says it: as many of this machine's GPUs as divide the configuration's
+    logical workers, else two ranks on the CPU.
 
     Raises:
         UserError: the hostfile or a filter cannot be used, or options contradict each other.
@@ -73,14 +77,18 @@ def ranks_of(args: argparse.Namespace) -> Ranks:
     if args.hostfile is None:
         if args.include or args.exclude:
             raise UserError("--include and --exclude filter a hostfile; give one with --hostfile")
-        count = args.ranks if args.ranks is not None else hosts.local_accelerators() or DEFAULT_CPU_RANKS
+        available = hosts.local_accelerators()
+        count = args.ranks
+        if count is None:
+            count = batch.largest_world_size(experiment, available or DEFAULT_CPU_RANKS)
         if count < 1:
             raise UserError(f"--ranks {count}: at least one rank is needed")
-        available = hosts.local_accelerators()
         if available and count > available:
             raise UserError(f"--ranks {count}: this machine has {available} GPUs")
-        # a hostfile in its default place would win over the option
-        return Ranks(count, ["--hostfile", os.devnull, "--num_accelerators", str(count)], "")
+        where = f"{count} of this machine's {available} GPUs" if available > count else ""
+        # a hostfile in its default place would win over the number, and a run beside this one hold the default port
+        options = ["--hostfile", os.devnull, "--num_accelerators", str(count), "--master_port", str(hosts.free_port())]
+        return Ranks(count, options, where)
     if args.ranks is not None:
         raise UserError("--ranks is for this machine alone; with --hostfile the slots are the ranks")
     chosen = hosts.select(hosts.read_hostfile(args.hostfile), args.include, args.exclude)
@@ -100,7 +108,7 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
     """Check, launch, and tell how it ended. Returns the exit code."""
     console = Console(highlight=False, soft_wrap=True)
     experiment = config.load(args.config, overrides_of(args))
-    ranks = ranks_of(args)
+    ranks = ranks_of(args, experiment)
     plan, _, _ = open_run(experiment, ranks.world_size)
     folder = experiment.run_folder
     if args.fresh:

@@ -27,11 +27,11 @@ from pipeline.engine import Engine, World
 from pipeline.evaluate import Result, evaluate
 from pipeline.experiment import add_config_arguments, open_run, overrides_of
 from pipeline.loader import Loader, MicroBatch, default_threads, evaluation_requests, training_requests
-from pipeline.metrics import RunRecord
 from pipeline.monitor import Monitor
 from pipeline.order import Order
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
+from pipeline.record import RunRecord
 from pipeline.samples import SampleWriter
 from pipeline.sums import StepSums
 from shards.errors import UserError

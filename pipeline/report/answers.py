@@ -1,0 +1,89 @@
+"""The question that a report is opened with, its answer in sentences, and what to know before trusting it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.report import text
+from pipeline.report.rows import LAST_EPOCHS, Row
+
+
+def question(rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """The headline, and the answer to it in sentences: one for a single row, else one per row but the baseline."""
+    baseline, *others = rows
+    if not others:
+        return "How did it go?", [_outcome(baseline)]
+    if max(_minibatch(row) for row in others) > _minibatch(baseline):
+        headline = "Does the large minibatch match the baseline?"
+    else:
+        headline = "How do the runs compare with the first?"
+    return headline, [_verdict(row, baseline) for row in others]
+
+
+def remarks(row: Row) -> list[str]:
+    """What a reader must know before trusting a row's figures."""
+    found = []
+    for name, record in row.runs.items():
+        if not record.finished:
+            effect = ": its figures are those so far." if name in row.counted else " and is left out of the figures."
+            found.append(f"{name} has not finished ({text.progress(record)}){effect}")
+    for name, record in row.counted.items():
+        median = record.median_error(LAST_EPOCHS)
+        if median is None:
+            found.append(f"{name} was never evaluated.")
+            continue
+        if median.used < median.wanted:
+            used = ", ".join(f"{epoch:.4g}" for epoch in median.epochs)
+            found.append(f"{name}: {median.used} of {median.wanted} epoch evaluations exist (at epoch {used}).")
+        whole = record.start.get("val_samples")
+        if whole is not None and any(images != whole for images in median.images):
+            images = ", ".join(map(text.count, median.images))
+            found.append(f"{name} was evaluated on {images} of {text.count(whole)} images: not the whole set.")
+    if len(set(row.seeds)) < len(row.seeds):
+        found.append(f"{row.label}: a seed occurs more than once, so ± understates the spread.")
+    return found
+
+
+def _minibatch(row: Row) -> int:
+    return row.start.get("train_batch_size") or 0
+
+
+def _outcome(row: Row) -> str:
+    """The answer about a single row."""
+    if row.error is None or row.accuracy is None:
+        return f"There is no evaluation in the record of {row.label}, so there is no accuracy to report."
+    used = row.medians[0].used
+    what = f"median of the last {used} epoch evaluations" if used > 1 else "from the one evaluation there is"
+    parts = [f"{text.spread(row.accuracy, row.std)} % top-1 accuracy (error {text.number(row.error)} %)"]
+    parts += [f"over {len(row.medians)} seeds"] if len(row.medians) > 1 else []
+    parts += [what, f"{text.counts(row.images)} images{' each' * (used > 1)}"]
+    sentence = ", ".join(parts) + "."
+    first = next(iter(row.counted.values()))
+    return sentence if row.finished else f"So far, {text.progress(first)}: {sentence}"
+
+
+def _verdict(row: Row, baseline: Row) -> str:
+    """The answer about a row beside the baseline."""
+    if row.difference is None:
+        missing = [r for r in (row, baseline) if not r.finished or r.error is None]
+        reasons = [f"{r.label} {'was never evaluated' if r.finished else 'has not finished'}" for r in missing]
+        return f"{row.label}: no answer yet, because {' and '.join(reasons)}."
+    level = "equal to"
+    if row.difference:
+        level = f"{text.number(abs(row.difference))} points {'above' if row.difference > 0 else 'below'}"
+    lead = (
+        f"{row.label}: error {text.spread(row.error, row.std)} %, "
+        f"{level} {baseline.label} ({text.spread(baseline.error, baseline.std)} %)."
+    )
+    if row.interval is None:
+        few = [r.label for r in (row, baseline) if len(r.medians) < 2]
+        if not few:
+            return lead
+        owners = f"{few[0]} has one run" if len(few) == 1 else "Each has one run"
+        return f"{lead} {owners}, so how much of this is chance is not known."
+    low, high = row.interval
+    within = "within seed-to-seed variation" if low <= 0 <= high else "more than seed-to-seed variation explains"
+    return (
+        f"{lead} That is {within} (95 % interval {text.signed(low)} … {text.signed(high)} points, "
+        f"{len(row.medians)} and {len(baseline.medians)} seeds)."
+    )

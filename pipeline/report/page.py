@@ -1,0 +1,113 @@
+"""The report as one HTML file: what the template `report.html` is filled with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.record import RunRecord
+from pipeline.report import text
+from pipeline.report.answers import question, remarks
+from pipeline.report.charts import Picture, draw_charts
+from pipeline.report.events import event_log
+from pipeline.report.rows import LAST_EPOCHS, Row
+from pipeline.report.table import columns
+from shards.errors import UserError
+
+_FACTS = (
+    ("model", "{model}"),
+    ("images", "{train_samples:,} training, {val_samples:,} validation"),
+    (
+        "minibatch",
+        "{train_batch_size:,} = {micro_batch} micro-batch × {accumulation} accumulation × {world_size} ranks",
+    ),
+    ("learning rate", "{peak_lr:.5g} at its peak; {reference_lr:.5g} per {reference_batch:,} images"),
+    ("seed", "{seed}"),
+    ("precision", "{precision}"),
+    ("device", "{device}"),
+)
+"""What the page says of a run's `start` event: names, and templates of the event's fields."""
+
+
+def write(rows: Sequence[Row], out: Path) -> Path:
+    """Write the page, with its charts as PNG files beside it, and return its path.
+
+    Raises:
+        UserError: `out` is not a folder that can be made and written to.
+    """
+    pictures = draw_charts(rows)
+    path = out / "report.html"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            (out / picture.file).write_bytes(picture.png)
+        # names that are not UTF-8 hold lone surrogates, which no encoder takes
+        path.write_text(_render(rows, pictures), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{out}: the report cannot be written there: {error.strerror or error}") from error
+    return path
+
+
+def _render(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    headline, answers = question(rows)
+    runs = [
+        {
+            "name": name,
+            "finished": record.finished is not None,
+            "facts": _facts(record),
+            "plan": str(record.start.get("plan") or "").strip("\n"),
+            "log": event_log(record),
+        }
+        for row in rows
+        for name, record in row.runs.items()
+    ]
+    return environment.get_template("report.html").render(
+        question=headline,
+        answers=answers,
+        rows=rows,
+        columns=columns(rows),
+        remarks=[remark for row in rows for remark in remarks(row)],
+        seeds=any(len(row.counted) > 1 for row in rows),
+        intervals=any(row.interval for row in rows),
+        last=LAST_EPOCHS,
+        pictures=pictures,
+        runs=runs,
+    )
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """A run in a few lines; what the record does not hold is left out."""
+    start = {key: value for key, value in record.start.items() if value is not None}
+    facts = [("state", f"{'finished' if record.finished else 'not finished'}, {text.progress(record)}")]
+    if "config" in start:
+        overrides = [f"--set {override}" for override in start.get("overrides", [])]
+        facts.append(("configuration", " ".join([str(start["config"]), *overrides])))
+    for name, template in _FACTS:
+        try:
+            facts.append((name, template.format_map(start)))
+        except (KeyError, ValueError):  # a field is missing, or text where a number was
+            continue
+    if record.evaluations:
+        last = record.evaluations[-1]
+        parts = [f"top-1 {text.number(last['top1'])} %"]
+        parts += [f"top-5 {text.number(last['top5'])} %"] if last.get("top5") is not None else []
+        parts += [f"loss {text.number(last['loss'], 3)}"] if last.get("loss") is not None else []
+        facts.append(("last evaluation", f"{', '.join(parts)}, at epoch {last['epoch']:.4g}"))
+    saves = [event for event in record.events if event["event"] == "checkpoint"]
+    if saves:
+        facts.append(("checkpoints", f"{len(saves):,} saved, the last: {saves[-1].get('path', text.UNKNOWN)}"))
+    if len(record.sessions) > 1:
+        again = f"; {record.repeated:,} images were done twice" if record.repeated else ""
+        facts.append(("processes", f"{len(record.sessions)}, one after the other{again}"))
+    if versions := start.get("versions"):
+        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return facts

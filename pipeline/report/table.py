@@ -1,0 +1,116 @@
+"""The table of results: its columns, which the page and the terminal share, and its numbers for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.report import text
+from pipeline.report.answers import question, remarks
+from pipeline.report.rows import Row
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of every row.
+
+    Attributes:
+        heading: on the page, its first line.
+        unit: on the page, its second line.
+        short: the heading in the terminal.
+        cell: the figure as text.
+        note: small print below the figure, on the page only.
+        strong: whether the page sets it in bold.
+    """
+
+    heading: str
+    unit: str
+    short: str
+    cell: Callable[[Row], str]
+    note: Callable[[Row], str] = lambda row: ""
+    strong: bool = False
+
+
+def _difference(row: Row) -> str:
+    return "baseline" if row.baseline else text.signed(row.difference)
+
+
+def _interval(row: Row) -> str:
+    return " … ".join(map(text.signed, row.interval)) if row.interval else ""
+
+
+_COLUMNS = (
+    Column("minibatch", "kn, images", "kn", lambda row: text.count(row.start.get("train_batch_size"))),
+    Column("learning", "rate, peak", "peak LR", lambda row: text.rate(row.start.get("peak_lr"))),
+    Column("seeds", "", "seeds", lambda row: text.seeds(row.seeds)),
+    Column("top-1 error", "%", "error %", lambda row: text.spread(row.error, row.std), strong=True),
+    Column("accuracy", "%", "top-1 %", lambda row: text.number(row.accuracy)),
+    Column("evaluated", "on images", "images", lambda row: text.counts(row.images)),
+    Column("difference", "points of error", "vs first", _difference, note=_interval),
+    Column("time", "per run", "time", lambda row: text.duration(row.seconds)),
+    Column("speed", "images / s", "img/s", lambda row: text.count(row.images_per_second)),
+)
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns beside the row's label; a single row has nothing to differ from."""
+    return [column for column in _COLUMNS if column.cell is not _difference or len(rows) > 1]
+
+
+def print_table(rows: Sequence[Row], page: Path) -> None:
+    """Print question, answers, table and remarks to the terminal, and where the page is."""
+    console = Console()
+    piped = not console.is_terminal
+    if piped:
+        console.width = 160  # a file or a pipe has no edge to fold at
+    headline, answers = question(rows)
+    console.print(Text(headline, style="bold"))
+    for answer in answers:
+        console.print(Text(answer), soft_wrap=piped)
+    gap = 1 if console.width < 110 else 2
+    table = Table(box=None, padding=(0, 0, 0, gap), pad_edge=False, header_style="dim")
+    table.add_column("run", overflow="fold", min_width=10)
+    shown = columns(rows)
+    for column in shown:
+        table.add_column(column.short, justify="right", no_wrap=True)
+    for row in rows:
+        label = row.label if row.finished else f"{row.label} (unfinished)"
+        table.add_row(Text(label), *(Text(column.cell(row)) for column in shown))
+    console.print()
+    console.print(table)
+    for row in rows:
+        for remark in remarks(row):
+            console.print(Text(remark), soft_wrap=piped)
+    console.print()
+    console.print(Text(str(page)), soft_wrap=True)
+
+
+def as_json(rows: Sequence[Row], page: Path) -> str:
+    """The table unrounded, for scripts."""
+    table = [
+        {
+            "label": row.label,
+            "runs": [str(record.folder) for record in row.runs.values()],
+            "finished": row.finished,
+            "train_batch_size": row.start.get("train_batch_size"),
+            "peak_lr": row.start.get("peak_lr"),
+            "seeds": row.seeds,
+            "top1_error": row.error,
+            "top1_accuracy": row.accuracy,
+            "std": row.std,
+            "evaluations_used": [median.used for median in row.medians],
+            "images": row.images,
+            "difference": row.difference,
+            "difference_95": row.interval,
+            "seconds": row.seconds,
+            "images_per_second": row.images_per_second,
+        }
+        for row in rows
+    ]
+    return json.dumps({"report": str(page), "rows": table}, indent=2)

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# onehour on a fresh machine: sets itself up, then does what it is told.
+#
+#   ./run.sh                      the demo: prepare shards, train, evaluate, report
+#   ./run.sh test [pytest args]   the tests
+#   ./run.sh train CONFIG …       train, e.g. ./run.sh train ds_configs/imagenet_8k.json --hostfile hosts
+#   ./run.sh plan|evaluate|report|audit …        the other onehour commands
+#   ./run.sh shards prepare|verify|index …       the shard tool
+#
+# ONEHOUR_PYTHON=/path/to/python uses that interpreter's packages as they are (a container that brings its own
+# torch); otherwise everything goes into .venv, at the versions of requirements.lock.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+unset PYTHONDONTWRITEBYTECODE # every rank of every launch would compile thousands of modules again
+
+say() { printf '%s\n' "$*" >&2; }
+
+suitable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.12 python3.11 python3.13 python; do
+        if suitable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+make_venv() {
+    local python
+    if python=$(find_python); then
+        "$python" -m venv .venv 2>/dev/null && return
+        # Debian's python3 comes without ensurepip
+        command -v uv >/dev/null && uv venv --quiet --python "$python" .venv && return
+        say "run.sh: $python cannot make a virtual environment."
+        say "  Install its venv module (Debian: apt install python3-venv), or uv."
+    elif command -v uv >/dev/null; then
+        uv venv --quiet --python 3.12 .venv && return
+    else
+        say "run.sh: no Python 3.11, 3.12 or 3.13 found."
+        say "  Install one (Debian: apt install python3 python3-venv), or uv."
+    fi
+    exit 1
+}
+
+install_locked() {
+    # uv is several times faster; pip is the fall-back, and knows mirrors that only pip is configured for
+    local uv=""
+    if command -v uv >/dev/null; then
+        uv=uv
+    elif .venv/bin/python -m pip install --quiet uv 2>/dev/null; then
+        uv=.venv/bin/uv
+    fi
+    if [ -z "$uv" ] || ! "$uv" pip install --quiet --python .venv/bin/python -r requirements.lock; then
+        .venv/bin/python -m pip install --quiet -r requirements.lock
+    fi
+    if [ -n "$uv" ]; then
+        "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e . && return
+    fi
+    .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+}
+
+if [ -n "${ONEHOUR_PYTHON:-}" ]; then
+    python=$ONEHOUR_PYTHON
+    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+else
+    python=$PWD/.venv/bin/python
+    stamp=.venv/installed-$(cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
+    if [ ! -e "$stamp" ]; then
+        say "setting up .venv (once; torch alone is some gigabytes)"
+        [ -x "$python" ] && suitable "$python" || { rm -rf .venv && make_venv; }
+        install_locked
+        rm -f .venv/installed-*
+        touch "$stamp"
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
+
+case "${1:-demo}" in
+demo)
+    shift || true
+    "$python" -m shards.cli prepare demo data/demo
+    "$python" -m pipeline.cli train ds_configs/demo.json "$@"
+    cat <<'NEXT'
+
+next:  ./run.sh plan ds_configs/imagenet_8k.json --world-size 256 --samples 1281167
+       ./run.sh train ds_configs/demo.json --set optimizer.params.lr=0.1 --run runs/demo-lr0.1
+       ./run.sh report runs/demo runs/demo-lr0.1
+       ./run.sh shards prepare imagefolder YOUR_IMAGES data/yours
+NEXT
+    ;;
+test)
+    shift
+    exec "$python" -m pytest "$@"
+    ;;
+shards)
+    shift
+    exec "$python" -m shards.cli "$@"
+    ;;
+help | -h | --help)
+    sed -n '2,11s/^# \{0,1\}//p' run.sh
+    ;;
+*)
+    exec "$python" -m pipeline.cli "$@"
+    ;;
+esac

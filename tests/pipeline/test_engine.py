@@ -1,0 +1,252 @@
+"""Updates under DeepSpeed against plain arithmetic: averaging, clipping, momentum, precision, overflow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline import config, plan
+from pipeline.engine import Engine, World, deepspeed_config
+from pipeline.loader import MicroBatch
+from pipeline.model import average_statistics
+from pipeline.plan import Plan
+from tests.conftest import fork_ranks, tiny_config
+
+K, N_MICRO, UPDATES = 4, 8, 4
+CLASSES = 5
+
+
+def make_plan(path: Path, world_size: int, **changes: Any) -> Plan:
+    path.write_text(json.dumps(tiny_config(Path("data"), path.parent / "run", **changes)))
+    return plan.resolve(config.load(path), world_size, samples=130)
+
+
+def network(*, batch_norm: bool) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, bias=not batch_norm),
+        nn.BatchNorm2d(6) if batch_norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, stride=2, bias=not batch_norm),
+        nn.BatchNorm2d(8) if batch_norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 3 * 3, CLASSES),
+    )
+
+
+def micro_batch(update: int, worker: int) -> MicroBatch:
+    """The images of one logical worker: the same whichever rank runs it."""
+    generator = np.random.default_rng([update, worker])
+    images = generator.integers(0, 256, size=(N_MICRO, 16, 16, 3), dtype=np.uint8)
+    labels = generator.integers(0, CLASSES, size=N_MICRO)
+    return MicroBatch(
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        labels=torch.from_numpy(labels),
+        weights=torch.ones(N_MICRO),
+        ids=np.arange(N_MICRO),
+    )
+
+
+def train_rank(
+    world: World, path: Path, batch_norm: bool, changes: dict[str, Any], updates: int = UPDATES
+) -> dict[str, Any]:
+    """Some updates on this rank's share of the logical workers."""
+    folder = path / f"{world.size}-{world.rank}"
+    folder.mkdir(parents=True)
+    resolved = make_plan(folder / "c.json", world.size, **changes)
+    engine = Engine(network(batch_norm=batch_norm), resolved, world)
+    accumulation = resolved.batch.accumulation
+    lrs, losses = [], []
+    for update in range(updates):
+        workers = range(world.rank * accumulation, (world.rank + 1) * accumulation)
+        sums, _ = engine.update(iter([micro_batch(update, w) for w in workers]), update * resolved.batch.train)
+        lrs.append(engine.lr_used)
+        losses.append(sums[0].item())
+    average_statistics(engine.model)
+    state = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    return {
+        "state": state,
+        "lrs": lrs,
+        "losses": losses,
+        "skipped": engine.skipped_steps,
+        "scale": engine.loss_scale,
+    }
+
+
+def reference(resolved: Plan, *, batch_norm: bool) -> dict[str, torch.Tensor]:
+    """The paper's update by hand, in float64: the mean gradient over kn, eq. (9) momentum, no clipping."""
+    model = network(batch_norm=batch_norm).double()
+    transform = resolved.config.recipe.transform
+    mean = torch.tensor(transform.mean).view(1, 3, 1, 1).double() * 255
+    std = torch.tensor(transform.std).view(1, 3, 1, 1).double() * 255
+    parameters = dict(model.named_parameters())
+    spared = {f"{index}.{name}" for index in (1, 4) for name in ("weight", "bias")} if batch_norm else set()
+    buffers = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for update in range(UPDATES):
+        gradient = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        for worker in range(K):
+            batch = micro_batch(update, worker)
+            loss = F.cross_entropy(model((batch.images.double() - mean) / std), batch.labels, reduction="sum")
+            for name, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+                gradient[name] += g / (K * N_MICRO)
+        lr = resolved.schedule.lr(update * resolved.batch.train)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                g = gradient[name] + (0 if name in spared else 1e-4) * parameter
+                buffers[name] = 0.9 * buffers[name] + g
+                parameter -= lr * (g + 0.9 * buffers[name])
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["bn-free", "bn"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_an_update_is_the_average_over_the_minibatch_on_any_number_of_ranks(tmp_path, world_size, batch_norm):
+    # lr 0.5: gradients of norm > 1 would show clipping, and rates that change every update momentum correction
+    changes = {"optimizer.params.lr": 0.5}
+    answers = fork_ranks(train_rank, world_size, tmp_path, batch_norm, changes)
+    resolved = make_plan(tmp_path / "reference.json", world_size, **changes)
+    expected = reference(resolved, batch_norm=batch_norm)
+    for answer in answers:
+        assert answer["lrs"] == [resolved.schedule.lr(update * 32) for update in range(UPDATES)]
+        assert len(set(answer["lrs"])) == UPDATES
+        for name, weight in expected.items():
+            assert torch.allclose(answer["state"][name].double(), weight, rtol=2e-4, atol=2e-5), name
+
+
+def test_the_reference_gradient_is_large_enough_to_show_clipping(tmp_path):
+    """Without this the test above could not fail for DeepSpeed's default clipping at norm 1."""
+    clipped = {"optimizer.params.lr": 0.5, "gradient_clipping": 1.0}
+    [answer] = fork_ranks(train_rank, 1, tmp_path, False, clipped)
+    expected = reference(make_plan(tmp_path / "reference.json", 1, **clipped), batch_norm=False)
+    assert any(not torch.allclose(answer["state"][n].double(), w, rtol=2e-4, atol=2e-5) for n, w in expected.items())
+
+
+def test_running_statistics_do_not_depend_on_the_ranks(tmp_path):
+    by_world = {w: fork_ranks(train_rank, w, tmp_path, True, {})[0]["state"] for w in (1, 2, 4)}
+    for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
+        for world_size in (2, 4):
+            assert torch.allclose(by_world[1][name], by_world[world_size][name], rtol=1e-4, atol=1e-5), name
+
+
+def first_update(world: World, path: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """One update of a fresh network; the change of every parameter, and the types inside."""
+    path.mkdir(parents=True, exist_ok=True)
+    resolved = make_plan(path / "c.json", world.size, **changes)
+    model = network(batch_norm=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine = Engine(model, resolved, world)
+    accumulation = resolved.batch.accumulation
+    engine.update(iter([micro_batch(0, worker) for worker in range(accumulation)]), 0)
+    return {
+        "delta": {name: p.detach().float() - before[name] for name, p in engine.model.named_parameters()},
+        "dtypes": {name: tensor.dtype for name, tensor in engine.model.state_dict().items() if "num_" not in name},
+        "skipped": engine.skipped_steps,
+        "scale": engine.loss_scale,
+    }
+
+
+@pytest.mark.parametrize(
+    ("block", "tolerance"),
+    [
+        ({"fp16.enabled": True}, 0.03),
+        ({"fp16.enabled": True, "fp16.loss_scale": 128.0}, 0.03),
+        ({"bf16.enabled": True}, 0.12),
+        ({"torch_autocast.enabled": True, "torch_autocast.dtype": "float16"}, 0.03),
+    ],
+    ids=["fp16", "fp16-fixed-scale", "bf16", "autocast"],
+)
+def test_the_first_update_in_half_precision_is_that_of_fp32(tmp_path, block, tolerance):
+    [single] = fork_ranks(first_update, 1, tmp_path / "fp32", {})
+    [half] = fork_ranks(first_update, 1, tmp_path / "half", block)
+    assert half["skipped"] == 0
+    assert set(half["dtypes"].values()) == {torch.float32}, "weights, BN and its statistics stay in fp32"
+    for name, delta in single["delta"].items():
+        difference = (half["delta"][name] - delta).norm() / delta.norm()
+        # the convolutions' biases before BN have gradients that are zero up to rounding
+        if delta.norm() > 1e-6:
+            assert difference < tolerance, f"{name}: the update differs by {100 * difference:.1f} %"
+
+
+def upstream_first_update(world: World, block: dict[str, Any]) -> float:
+    """The change of one weight by DeepSpeed's own fp16 block at stage 0, where gradient and rate are 1."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    type(accelerator).is_fp16_supported = lambda self: True  # the CPU can, slowly; DeepSpeed refuses
+    accelerator._supported_dtypes = None
+    type(accelerator).supported_dtypes = lambda self: [torch.float32, torch.float16, torch.bfloat16]
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        config={
+            "train_batch_size": 1,
+            "gradient_clipping": 0.0,
+            "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+            **block,
+        },
+    )
+    loss = engine(torch.ones(1, 1, dtype=torch.float16)).float().sum()
+    engine.backward(loss)
+    engine.step()
+    return model.weight.item()
+
+
+def test_deepspeeds_own_fp16_block_still_does_not_train(tmp_path):
+    """Why the block is resolved into autocast. If this fails, DeepSpeed has changed: look at `engine` again."""
+    [change] = fork_ranks(upstream_first_update, 1, {"fp16": {"enabled": True}})
+    assert abs(change) < 1e-3, f"the weight moved by {change}; the right update is -1"
+
+
+def test_what_deepspeed_gets_has_no_half_precision_block(tmp_path):
+    for block in ("fp16", "bf16"):
+        resolved = deepspeed_config(make_plan(tmp_path / "c.json", 2, **{f"{block}.enabled": True}))
+        assert "fp16" not in resolved and "bf16" not in resolved
+        assert resolved["torch_autocast"]["enabled"] is True
+        assert resolved["gradient_clipping"] == 0.0
+        assert resolved["timers"]["throughput"]["enabled"] is False
+        assert "recipe" not in resolved
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_an_overflow_is_counted_and_leaves_weights_and_rate_alone(tmp_path, fused):
+    changes = {"fp16.enabled": True, "fp16.initial_scale_power": 32}
+    if fused:
+        changes["optimizer.params.fused"] = True
+    [answer] = fork_ranks(first_update, 1, tmp_path / "overflow", changes)
+    assert answer["skipped"] == 1
+    assert answer["scale"] == 2.0**31
+    assert all((delta == 0).all() for delta in answer["delta"].values())
+    [answer] = fork_ranks(train_rank, 1, tmp_path / "train", True, changes)
+    assert answer["skipped"] == UPDATES
+    assert all(np.isfinite(tensor.float().numpy()).all() for tensor in answer["state"].values())
+
+
+def test_the_rate_follows_the_samples_through_an_overflow(tmp_path):
+    """The scale overflows at first and then fits: later updates run at their own position's rate."""
+    updates = 16
+    changes = {"fp16.enabled": True, "fp16.initial_scale_power": 24}
+    [answer] = fork_ranks(train_rank, 1, tmp_path, True, changes, updates)
+    assert 0 < answer["skipped"] < updates
+    schedule = make_plan(tmp_path / "c.json", 1).schedule
+    assert answer["lrs"] == [schedule.lr(update * 32) for update in range(updates)]
+
+
+def test_a_fixed_loss_scale_stays(tmp_path):
+    changes = {"fp16.enabled": True, "fp16.loss_scale": 64.0}
+    [answer] = fork_ranks(train_rank, 1, tmp_path, True, changes)
+    assert answer["scale"] == 64.0
+    changes["fp16.loss_scale"] = 2.0**32
+    [answer] = fork_ranks(train_rank, 1, tmp_path / "overflowing", True, changes)
+    assert answer["scale"] == 2.0**32
+    assert answer["skipped"] == UPDATES

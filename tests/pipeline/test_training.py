@@ -1,0 +1,251 @@
+"""Whole runs through the real `deepspeed` launcher: any number of ranks, killed and resumed, is the same training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from pipeline import config, model
+from pipeline.checkpoint import load_weights
+from pipeline.hosts import free_port
+from pipeline.metrics import read_metrics
+from pipeline.order import Order
+from pipeline.samples import audit, read_samples
+from pipeline.schedule import Schedule
+from shards.index import load_split
+
+pytestmark = pytest.mark.launcher
+
+KN, TRAIN, VAL, EPOCHS = 32, 130, 35, 3
+STEPS = -(-EPOCHS * TRAIN // KN)
+# fp32 sums in another order differ by rounding, which a BN network amplifies some thousand times over 13 updates
+TOLERANCE = 5e-3
+BN_FREE = {
+    "recipe.model.name": "vit_tiny_patch16_224",
+    "recipe.model.args": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "optimizer.params.lr": 0.005,
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def onehour(*arguments: str | Path, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**ENVIRONMENT, **environment},
+        start_new_session=True,
+    )
+
+
+def output_of(process: subprocess.Popen, *, code: int = 0) -> str:
+    try:
+        output, _ = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, output
+    return output
+
+
+def train(path: Path, ranks: int, *more: str) -> str:
+    return output_of(onehour("train", path, "--ranks", str(ranks), *more))
+
+
+def run_of(path: Path) -> Path:
+    return path.parent / "runs" / path.stem
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in load_file(run / "model.safetensors").items() if "num_batches" not in name}
+
+
+def assert_close(run: Path, other: Path, tolerance: float) -> None:
+    """Every weight and BN statistic within `tolerance` of the largest entry of its tensor."""
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        difference = (tensor - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-3)
+        assert difference < tolerance, f"{name} differs by {difference:.1e}"
+
+
+def assert_the_run_is_exact(run: Path, path: Path) -> None:
+    """Sample ids and rates of every update are the order's and the schedule's."""
+    experiment = config.load(path)
+    order = Order(TRAIN, experiment.recipe.seed)
+    schedule = Schedule.build(
+        experiment.blocks.scheduler.params,
+        lr=experiment.lr,
+        reference_batch=experiment.recipe.reference_batch,
+        train_batch_size=KN,
+        samples_per_epoch=TRAIN,
+    )
+    updates = read_samples(run)
+    assert list(updates) == list(range(STEPS))
+    for number, update in updates.items():
+        np.testing.assert_array_equal(update.ids, order.ids(number * KN, (number + 1) * KN))
+        assert update.lr == schedule.lr(number * KN)
+    for row in audit(run, TRAIN)[:EPOCHS]:
+        assert row["used"] == TRAIN and row["missing"] == 0 and row["repeated"] == 0
+
+
+@pytest.mark.parametrize("changes", [{}, BN_FREE], ids=["bn", "bn-free"])
+def test_one_two_and_four_ranks_are_the_same_training(write_config: Callable[..., Path], changes):
+    paths = {ranks: write_config(f"ranks-{ranks}", changes) for ranks in (1, 2, 4)}
+    # side by side: most of a launch is single-threaded imports
+    launches = {ranks: onehour("train", path, "--ranks", str(ranks)) for ranks, path in paths.items()}
+    for ranks, launch in launches.items():
+        assert f"{VAL} images each" in output_of(launch)
+        assert_the_run_is_exact(run_of(paths[ranks]), paths[ranks])
+    for ranks in (2, 4):
+        assert_close(run_of(paths[ranks]), run_of(paths[1]), TOLERANCE)
+    accuracies = [
+        [event["top1"] for event in read_metrics(run_of(path) / "metrics.jsonl") if event["event"] == "evaluation"]
+        for path in paths.values()
+    ]
+    assert np.ptp(np.asarray(accuracies), axis=0).max() <= 100 / VAL  # one image may sit on the edge
+
+
+def test_a_run_leaves_everything_it_promises(write_config: Callable[..., Path], tmp_path: Path):
+    monitors = {
+        "tensorboard": {"enabled": True, "output_path": str(tmp_path / "monitors")},
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path / "monitors"), "job_name": "csv"},
+    }
+    path = write_config("whole", monitors)
+    output = train(path, 2, "--set", "recipe.epochs=1", "--set", "recipe.checkpoint.keep=1")
+    run = run_of(path)
+    for name in ("report.html", "metrics.jsonl", "config.resolved.json", "model.safetensors", "validation-error.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert "recipe.epochs=1" in json.dumps(read_metrics(run / "metrics.jsonl")[0]["overrides"])
+    again = config.load(run / "config.resolved.json")
+    assert again.recipe.epochs == 1 and again.blocks.gradient_accumulation_steps == 2
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+    assert list((tmp_path / "monitors").rglob("events.out.tfevents*"))
+    assert list((tmp_path / "monitors").rglob("*.csv"))
+    # the exported weights are timm's, and evaluate to what training said
+    evaluation = [e for e in read_metrics(run / "metrics.jsonl") if e["event"] == "evaluation"][-1]
+    answer = json.loads(output_of(onehour("evaluate", run, "--json")).splitlines()[-1])
+    assert answer["images"] == evaluation["images"] == VAL
+    assert answer["top1"] == pytest.approx(evaluation["top1"], abs=1e-9)
+    assert answer["loss"] == pytest.approx(evaluation["loss"], rel=1e-4)
+    recipe = again.recipe
+    images = torch.randn(4, 3, 32, 32)
+    ours = model.create(recipe.model, 5, seed=1)
+    load_weights(run / "model.safetensors", ours)
+    timms = timm.create_model(
+        recipe.model.name, num_classes=5, **recipe.model.args, checkpoint_path=run / "model.safetensors"
+    )
+    assert torch.equal(ours.eval()(images), timms.eval()(images))
+    assert "top-1" in output and "report.html" in output
+    # finished: nothing to do, and no rank is started
+    began = time.monotonic()
+    assert "is finished" in train(path, 2, "--set", "recipe.epochs=1", "--set", "recipe.checkpoint.keep=1")
+    assert time.monotonic() - began < 10
+
+
+def processes_with(variable: str) -> list[int]:
+    """Living processes whose environment has NAME=VALUE: the launcher puts ranks into sessions of their own."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            inherited = variable.encode() in (folder / "environ").read_bytes().split(b"\0")
+            state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if inherited and state != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def kill_everything(variable: str) -> None:
+    """SIGKILL to the launcher and all ranks, until none is left."""
+    deadline = time.monotonic() + 20
+    while living := processes_with(variable):
+        for pid in living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_killed_in_mid_epoch_goes_on_with_other_ranks_as_if_nothing_had_been(write_config: Callable[..., Path]):
+    changes = {"recipe.checkpoint.every_epochs": 0.45}
+    unbroken, killed = write_config("unbroken", changes), write_config("killed", changes)
+    undisturbed = onehour("train", unbroken, "--ranks", "2")
+    launch = onehour("train", killed, "--ranks", "4", ONEHOUR_TEST=str(killed))
+    # some updates into the second epoch, and after the checkpoint of epoch 0.9
+    samples = run_of(killed) / "samples" / "from-0-rank-3-of-4.jsonl"
+    deadline = time.monotonic() + 150
+    while not samples.exists() or samples.read_text().count("\n") < 6:
+        assert launch.poll() is None and time.monotonic() < deadline, launch.communicate()[0]
+        time.sleep(0.002)
+    kill_everything(f"ONEHOUR_TEST={killed}")
+    assert launch.wait(10) != 0
+    done = samples.read_text().count("\n")
+    assert done < STEPS, "the run was over before it was killed"
+    output_of(undisturbed)
+
+    assert "resumed" in train(killed, 1)
+    events = read_metrics(run_of(killed) / "metrics.jsonl")
+    [resumed] = [event for event in events if event["event"] == "resume"]
+    assert 0 < resumed["samples"] <= done * KN
+    assert resumed["samples"] % TRAIN, "from within an epoch"
+    assert_the_run_is_exact(run_of(killed), killed)
+    assert_close(run_of(killed), run_of(unbroken), TOLERANCE)
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_any_process_is_launched(write_config: Callable[..., Path]):
+    path = write_config("seeded")
+    train(path, 1, "--set", "recipe.epochs=0.3")
+    began = time.monotonic()
+    output = output_of(onehour("train", path, "--set", "recipe.seed=1", "--ranks", "1"), code=2)
+    assert "seed: saved 0, now 1" in output and "--fresh" in output and "Traceback" not in output
+    assert time.monotonic() - began < 10
+    assert (run_of(path) / "model.safetensors").exists()
+    output = train(path, 1, "--set", "recipe.seed=1", "--set", "recipe.epochs=0.3", "--fresh")
+    assert "the earlier run is kept as" in output
+    assert len(list(run_of(path).parent.glob("seeded*"))) == 2
+
+
+def test_a_corrupt_image_ends_the_run_and_is_named(write_config: Callable[..., Path], tiny_shards, tmp_path):
+    """Overwrite an image inside a tar, sizes unchanged: only decoding can notice."""
+    shards = tmp_path / "damaged"
+    shutil.copytree(tiny_shards, shards)
+    split = load_split(shards, "train")
+    tar, record = split.shards[0].path, split.samples[0]
+    tar.chmod(0o644)
+    with tar.open("r+b") as file:
+        file.seek(int(record["offset"]))
+        file.write(b"not an image, not at all")
+    began = time.monotonic()
+    output = output_of(onehour("train", write_config("damaged", {"recipe.data": str(shards)}), "--ranks", "2"), code=1)
+    assert tar.name in output and split.key(0) in output and "cannot be decoded" in output
+    assert "did not finish" in output
+    assert time.monotonic() - began < 60
+
+
+def test_torchrun_runs_the_same_module(write_config: Callable[..., Path]):
+    path = write_config("torchrun", {"recipe.epochs": 1})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command += [str(free_port()), "-m", "pipeline.train", str(path)]
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    order = Order(TRAIN, 0)
+    for number, update in read_samples(run_of(path)).items():
+        np.testing.assert_array_equal(update.ids, order.ids(number * KN, (number + 1) * KN))
