@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from timm.models.resnet import ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -75,9 +75,9 @@ def _initialise_resnet(model: ResNet, *, zero_init_last: bool) -> None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     if zero_init_last:
-        for module in model.modules():
-            if hasattr(module, "zero_init_last"):
-                module.zero_init_last()
+        for block in model.modules():
+            if isinstance(block, BasicBlock | Bottleneck):
+                block.zero_init_last()
     nn.init.normal_(model.fc.weight, std=FC_STD)
     nn.init.zeros_(model.fc.bias)
 
@@ -205,7 +205,8 @@ def average_statistics(model: nn.Module) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    buffers = [buffer for layer in batch_norms(model) for buffer in (layer.running_mean, layer.running_var)]
+    pairs = [(layer.running_mean, layer.running_var) for layer in batch_norms(model)]
+    buffers = [buffer for pair in pairs for buffer in pair if buffer is not None]
     if not buffers:
         return
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])

@@ -111,12 +111,12 @@ class Monitor:
 
     def skips(self, *, step: int, skipped: int, loss_scale: float | None) -> None:
         """Report updates that an overflow withheld since the last report."""
-        self.warn(
+        self._metrics.write("skip", step=step, skipped=skipped, loss_scale=loss_scale)
+        self._say_once(
             "overflow",
             f"{skipped} update{'s' * (skipped != 1)} withheld by an overflow near update {step:,}; "
             f"the loss scale is {loss_scale:g} now. A few are normal while the scale settles.",
         )
-        self._metrics.write("skip", step=step, skipped=skipped, loss_scale=loss_scale)
 
     def epoch(self, *, epoch: int, samples: int, loss: float, top1: float, window: Window) -> str:
         """Record a finished epoch; returns the beginning of its line on the screen."""
@@ -160,6 +160,9 @@ class Monitor:
     def warn(self, kind: str, message: str) -> None:
         """Record a warning, and print the first of its kind."""
         self._metrics.write("warning", kind=kind, message=message)
+        self._say_once(kind, message)
+
+    def _say_once(self, kind: str, message: str) -> None:
         if kind not in self._seen:
             self._seen.add(kind)
             self.console.print(f"[yellow]warning[/]   {escape(message)}")

@@ -39,6 +39,7 @@ from shards.index import Split
 
 WEIGHTS_FILE = "model.safetensors"
 RESOLVED_FILE = "config.resolved.json"
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo words it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = f" (rank {world.rank} on {socket.gethostname()})" if world and world.size > 1 else ""
             print(f"onehour: {error}{where}", file=sys.stderr, flush=True)
         return 2
-    except Exception:
+    except Exception as error:
         where = f"rank {world.rank} on {socket.gethostname()}" if world else socket.gethostname()
-        print(f"onehour: {where} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER):
+            print(f"onehour: {where} stopped: another rank is gone; its own message says why", file=sys.stderr)
+        else:
+            print(f"onehour: {where} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     finally:
         with contextlib.suppress(Exception):

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, launch
+from pipeline import checkpoint, cli, config, launch, model
+from pipeline.experiment import open_run
+from shards.cli import main as shards_main
+from tests.conftest import write_images
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +150,41 @@ def test_evaluating_what_is_not_weights(capsys, tmp_path):
 
 def test_auditing_a_run_that_recorded_nothing(capsys, tmp_path):
     refusal(capsys, "audit", tmp_path)
+
+
+@pytest.fixture
+def saved(write_config) -> Path:
+    """A configuration whose run folder has a checkpoint."""
+    path = write_config("saved")
+    planned = open_run(config.load(path), 1)[0]
+    network = model.create(planned.config.recipe.model, 5, seed=0)
+    checkpoint.save(planned, network, {"optimizer": {}, "loss_scaler": None}, samples=32, step=1, classes=5)
+    return path
+
+
+def test_a_checkpoint_of_another_seed(capsys, saved):
+    message = refusal(capsys, "train", saved, "--set", "recipe.seed=1", "--ranks", "1")
+    assert "seed: saved 0, now 1" in message and "--fresh" in message
+
+
+def test_a_checkpoint_of_another_data_set(capsys, saved, tmp_path):
+    write_images(tmp_path / "images" / "train", 26, seed=7)
+    write_images(tmp_path / "images" / "val", 7, seed=8)
+    shards_main(["prepare", "imagefolder", str(tmp_path / "images"), str(tmp_path / "other"), "--workers", "1"])
+    message = train_refusal(capsys, lambda: saved, tmp_path / "other")
+    assert "index_digest: saved" in message
+
+
+def test_fresh_keeps_the_earlier_run_beside_the_new_one(capsys, saved, monkeypatch):
+    monkeypatch.setattr(launch, "_launch", lambda *command: 3)  # the launcher fails: its code is passed on
+    assert cli.main(["train", str(saved), "--set", "recipe.seed=1", "--ranks", "1", "--fresh"]) == 3
+    captured = capsys.readouterr()
+    assert "the earlier run is kept as" in captured.out and "did not finish" in captured.err
+    [kept] = (saved.parent / "runs").glob("saved-until-*")
+    assert (kept / "checkpoints" / "step-1" / "model.safetensors").exists()
+
+
+def test_a_launcher_that_ends_with_0_without_a_finished_run_is_a_failure(capsys, write_config, monkeypatch):
+    monkeypatch.setattr(launch, "_launch", lambda *command: 0)
+    assert cli.main(["train", str(write_config()), "--ranks", "1"]) == 1
+    assert "did not finish" in capsys.readouterr().err
