@@ -82,10 +82,11 @@ def resolve(config: Config, world_size: int) -> Batch:
         raise UserError(
             f"{place}: train_batch_size {train:,} is not a multiple of train_micro_batch_size_per_gpu {micro}",
             f"{train:,} / {micro} = {train / micro:.2f} logical workers.",
-            f"Use train_batch_size {_multiples(train, micro)}.",
+            f"Use train_batch_size {_multiples(train, micro * world_size * (accumulation or 1))}.",
         )
     workers = train // micro
     if workers % world_size:
+        extra = ["gradient_accumulation_steps must be left out: it follows from the ranks."] if accumulation else []
         raise UserError(
             f"{place}: train_batch_size {train:,} cannot be split over {world_size} ranks",
             f"{workers} logical workers ({train:,} / micro-batch {micro}) must be a multiple of the ranks: "
@@ -93,6 +94,7 @@ def resolve(config: Config, world_size: int) -> Batch:
             f"Use {_nearest_divisors(workers, world_size)} ranks with this file, or train_batch_size "
             f"{_multiples(train, micro * world_size)} for {world_size}"
             f" (LR would become {_scaled_lrs(config, train, micro * world_size)}).",
+            *extra,
         )
     derived = workers // world_size
     if accumulation is not None and accumulation != derived:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import hjson
 from pydantic import BaseModel, ValidationError
@@ -117,7 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
     try:
         raw = hjson.loads(text, object_pairs_hook=no_duplicates)
-    except hjson.HjsonDecodeError as error:
+    except (hjson.HjsonDecodeError, OverflowError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a configuration is a JSON object, this is a {type(raw).__name__}")
@@ -205,9 +206,11 @@ def _check_scheduler_type(place: str, scheduler: Any) -> None:
 
 def _check_deepspeed_values(place: str, raw: dict[str, Any]) -> None:
     zero = raw.get("zero_optimization")
-    if isinstance(zero, dict) and zero.get("stage", 0) != 0:
+    # DeepSpeed still reads a bare true as stage 1
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else int(bool(zero))
+    if stage != 0:
         raise UserError(
-            f"{place}: zero_optimization.stage {zero['stage']} is not supported",
+            f"{place}: zero_optimization.stage {stage} is not supported",
             "ZeRO ties checkpoints to the number of ranks, so a run could not resume on another; a model of "
             "ImageNet size gains nothing from it. Use stage 0, or leave the section out.",
         )
@@ -232,12 +235,13 @@ def _check_deepspeed_values(place: str, raw: dict[str, Any]) -> None:
 
 
 def _check_optimizer(place: str, optimizer: schema.OptimizerBlock) -> None:
-    params = optimizer.params
-    canonical = {name.lower(): name for name in schema.OPTIMIZER_PARAMS}
-    name = canonical.get(optimizer.type.lower())
-    if name and name != optimizer.type:
-        raise UserError(f'{place}: optimizer.type: "{optimizer.type}" is spelt differently; did you mean "{name}"?')
-    if name:
+    name, params = optimizer.type, optimizer.params
+    names = {known.lower(): known for known in (*schema.OPTIMIZER_PARAMS, *schema.OTHER_OPTIMIZERS)}
+    if name not in names.values():
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+        meant = f'; did you mean "{names[near[0]]}"?' if near else ""
+        raise UserError(f'{place}: optimizer.type: unknown optimizer "{name}"{meant}')
+    if name in schema.OPTIMIZER_PARAMS:
         known = schema.OPTIMIZER_PARAMS[name].split()
         for key in params:
             if key not in known:
@@ -245,12 +249,21 @@ def _check_optimizer(place: str, optimizer: schema.OptimizerBlock) -> None:
                     f'{place}: optimizer.params: unknown key "{key}"{_did_you_mean(key, known)}',
                     f"{name} takes {', '.join(known)}.",
                 )
+    for key, value in params.items():
+        if key in schema.OPTIMIZER_SWITCHES and not isinstance(value, bool):
+            raise UserError(f"{place}: optimizer.params.{key} must be true or false, not {json.dumps(value)}")
+        if key in schema.OPTIMIZER_NUMBERS and not _is_number(value):
+            raise UserError(f"{place}: optimizer.params.{key} must be a number, not {json.dumps(value)}")
     lr = params.get("lr")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or lr <= 0:
+    if not _is_number(lr) or lr <= 0:
         raise UserError(
-            f"{place}: optimizer.params.lr must be a positive number, not {lr!r}",
+            f"{place}: optimizer.params.lr must be a positive number, not {json.dumps(lr)}",
             "It is the rate at recipe.reference_batch; the linear scaling rule makes the rate used from it.",
         )
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _validate(place: str, model: type[Validated], values: Any, prefix: str) -> Validated:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 
-HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)")
+HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(?:#.*)?$")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -80,20 +80,20 @@ def select(slots: Mapping[str, int], include: str = "", exclude: str = "") -> di
 
 
 def _parse_filter(text: str, every: Mapping[str, list[int]], option: str) -> dict[str, list[int]]:
-    named: dict[str, list[int]] = {}
-    for part in filter(None, text.split("@")):
-        host, _, numbers = part.partition(":")
+    named: dict[str, set[int]] = {}
+    for part in text.split("@") if text else []:
+        host, colon, numbers = part.partition(":")
         if host not in every:
             raise UserError(f"{option} {text}: {host} is not in the hostfile", f"It has {', '.join(every)}.")
         try:
-            wanted = [int(number) for number in numbers.split(",")] if numbers else every[host]
+            wanted = {int(number) for number in numbers.split(",")} if colon else set()
         except ValueError:
             raise UserError(f"{option} {text}: slots are numbers: {host}:0,1") from None
         for slot in wanted:
             if slot not in every[host]:
                 raise UserError(f"{option} {text}: {host} has slots 0 to {len(every[host]) - 1}, not {slot}")
-        named[host] = wanted
-    return named
+        named.setdefault(host, set()).update(wanted)
+    return {host: sorted(slots) or every[host] for host, slots in named.items()}
 
 
 def local_accelerators() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class SampleWriter:
 
     def write(self, update: int, lr: float, ids: list[np.ndarray]) -> None:
         """Record an update: the rate read from the optimizer, and the ids of each micro-step."""
-        line = {"update": update, "lr": lr, "ids": [micro_batch.tolist() for micro_batch in ids]}
+        line = {"update": update, "lr": lr, "time": time.time(), "ids": [micro_batch.tolist() for micro_batch in ids]}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -62,6 +63,7 @@ def read_samples(run_folder: Path) -> dict[int, Update]:
     """
     folder = run_folder / FOLDER
     files = [(path, FILE.match(path.name)) for path in folder.glob("*.jsonl")] if folder.is_dir() else []
+    began: dict[tuple[int, int], float] = {}
     sessions: dict[tuple[int, int], dict[int, list[tuple[list, float]]]] = {}
     for path, match in files:
         if match is None:
@@ -73,13 +75,14 @@ def read_samples(run_folder: Path) -> dict[int, Update]:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 break  # what a kill left of the last line
+            began[first, world_size] = min(began.get((first, world_size), record["time"]), record["time"])
             updates.setdefault(record["update"], [([], 0.0)] * world_size)[rank] = (record["ids"], record["lr"])
     if not sessions:
         raise UserError(
             f"{run_folder}: no samples were recorded", "Train with --set recipe.logging.record_samples=true"
         )
     done: dict[int, Update] = {}
-    for (first, _), updates in sorted(sessions.items()):
+    for (first, _), updates in sorted(sessions.items(), key=lambda item: began.get(item[0], 0)):
         done = {update: value for update, value in done.items() if update < first}
         for update, ranks in updates.items():
             if all(ids for ids, _ in ranks):

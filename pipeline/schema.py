@@ -15,7 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 DEEPSPEED_KEYS = frozenset(
     """
-    activation_checkpointing aio autotuning bf16 bfloat16 check_overflow checkpoint comet comms_logger
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
     communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt
     disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
     gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine
@@ -45,13 +45,23 @@ OPTIMIZER_PARAMS = {
 }
 """Parameters of the optimizers we know by heart; the parameters of others are checked when they are built."""
 
+OPTIMIZER_SWITCHES = frozenset("nesterov maximize differentiable amsgrad torch_adam adam_w_mode".split())
+OPTIMIZER_NUMBERS = frozenset("momentum dampening weight_decay eps".split())
+
+OTHER_OPTIMIZERS = frozenset(
+    """
+    ASGD Adadelta Adafactor Adagrad Adamax LBFGS Lamb Lion MuAdam MuAdamW MuSGD Muon NAdam RAdam RMSprop Rprop
+    """.split()
+)
+"""What DeepSpeed or torch has besides; whether their parameters fit is found when they are built."""
+
 STEP_COUNTING_SCHEDULES = frozenset({"WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"})
 
 
 class Section(BaseModel):
     """A strictly typed section: unknown keys, and numbers written as strings, are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------- DeepSpeed's own sections that we read
@@ -126,7 +136,7 @@ class AutocastBlock(Section):
 class DeepSpeedBlocks(BaseModel):
     """The DeepSpeed keys whose values this trainer depends on; the others go to DeepSpeed as they are."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     train_batch_size: int | None = Field(None, gt=0)
     train_micro_batch_size_per_gpu: int | None = Field(None, gt=0)
