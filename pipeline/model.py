@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
+from rich import filesize
 from safetensors.torch import save_file
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
@@ -113,8 +114,8 @@ def describe(model: nn.Module, *, weight_decay: float, micro: int, size: int, pr
         ("decay", f"{weight_decay:g} on {decayed} weights and biases; none on {spared} normalisation γ, β"),
         (
             "memory",
-            f"{(state_bytes + activations) / 1e9:.1f} GB per rank estimated · {weights / 1e6:.1f} M parameters · "
-            f"checkpoints {weights * 8 / 1e6:,.0f} MB",
+            f"{filesize.decimal(state_bytes + activations)} per rank estimated · {weights / 1e6:.1f} M parameters · "
+            f"checkpoints {filesize.decimal(weights * 8)}",
         ),
     ]
 

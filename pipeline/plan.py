@@ -8,6 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
+
 from pipeline import batch as batch_sizes
 from pipeline.batch import Batch
 from pipeline.config import Config
@@ -191,8 +193,7 @@ class Plan:
     def _data_line(self) -> str:
         if self.shards is None or self.digest is None:
             return f"{self.config.recipe.data} was not read: sizes are as given"
-        gigabytes = self.shards["bytes"] / 1e9
-        size = f"{gigabytes:.0f} GB" if gigabytes >= 10 else f"{self.shards['bytes'] / 1e6:,.1f} MB"
+        size = filesize.decimal(self.shards["bytes"])
         recipe = self.config.recipe
         return (
             f"{recipe.data}: {self.shards['train']:,} shards, {size}, index {self.digest[:4]}…{self.digest[-2:]} · "

@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit_are_a_user_error(tmp_path):
 def test_memory_and_decay_are_described(resnet50):
     rows = dict(model.describe(resnet50, weight_decay=1e-4, micro=32, size=224, precision="fp32"))
     assert "55 weights and biases" in rows["decay"] and "106 normalisation" in rows["decay"]
-    assert "25.6 M parameters" in rows["memory"] and "204 MB" in rows["memory"]
-    gigabytes = float(rows["memory"].split()[0])
-    assert 2 < gigabytes < 6  # 32 × some 80 MB of fp32 layer outputs, and 0.3 GB of state
+    assert "25.6 M parameters" in rows["memory"] and "204.5 MB" in rows["memory"]
+    amount, unit, *_ = rows["memory"].split()
+    assert unit == "GB" and 2 < float(amount) < 6  # 32 × some 80 MB of fp32 layer outputs, and 0.3 GB of state
     assert next(resnet50.parameters()).device.type == "cpu", "counting must not move the model"
