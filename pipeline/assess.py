@@ -15,7 +15,6 @@ from pipeline.evaluate import Result, evaluate
 from pipeline.loader import Loader, default_threads, evaluation_requests
 from pipeline.reader import ShardReader
 from pipeline.schema import Transform
-from pipeline.train import RESOLVED_FILE
 from shards.errors import UserError
 from shards.index import load_split
 
@@ -23,10 +22,10 @@ from shards.index import load_split
 def run(args: argparse.Namespace) -> int:
     """Evaluate what `args.weights` names and print the result."""
     weights, run_folder = _find(args.weights)
-    config_path = args.config or (run_folder / RESOLVED_FILE if run_folder else None)
+    config_path = args.config or (run_folder / checkpoint.RESOLVED_FILE if run_folder else None)
     if config_path is None or not Path(config_path).exists():
         raise UserError(
-            f"{args.weights}: there is no {RESOLVED_FILE} beside the weights",
+            f"{args.weights}: there is no {checkpoint.RESOLVED_FILE} beside the weights",
             "Say how they were trained: --config ds_configs/X.json",
         )
     overrides = [f"recipe.data={json.dumps(args.data)}"] if args.data else []
@@ -65,7 +64,7 @@ def _find(path: Path) -> tuple[Path, Path | None]:
     """The weights file that `path` means, and the run folder it belongs to, if it does."""
     if path.is_file():
         candidates = [path.parent, path.parent.parent.parent]
-        return path, next((folder for folder in candidates if (folder / RESOLVED_FILE).exists()), None)
+        return path, next((folder for folder in candidates if (folder / checkpoint.RESOLVED_FILE).exists()), None)
     if (path / resume.STATE_FILE).exists():
         return path / checkpoint.WEIGHTS_FILE, path.parent.parent
     if (path / checkpoint.WEIGHTS_FILE).exists():

@@ -27,6 +27,8 @@ from shards.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
+RESOLVED_FILE = "config.resolved.json"
+"""In the run folder: the configuration with every default, which `config.load` accepts again."""
 
 
 def save(

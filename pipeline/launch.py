@@ -25,7 +25,6 @@ from pipeline import batch, config, hosts, resume
 from pipeline.config import Config
 from pipeline.experiment import add_config_arguments, open_run, overrides_of
 from pipeline.metrics import FILE_NAME, read_metrics
-from pipeline.plan import Plan
 from pipeline.record import RunRecord
 from shards.errors import UserError
 
@@ -126,7 +125,7 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
         # nothing to resume from: the record of the attempt is kept, but it is not this run's
         _set_aside(folder, console)
     events_before = len(read_metrics(folder / FILE_NAME)) if (folder / FILE_NAME).exists() else 0
-    code = _launch(_command(experiment, ranks, launcher_options), plan)
+    code = _launch(_command(experiment, ranks, launcher_options), local=args.hostfile is None)
     finished = _finished(folder, after=events_before)
     if not finished:
         code = code or 1
@@ -187,24 +186,27 @@ def _command(experiment: Config, ranks: Ranks, launcher_options: Sequence[str]) 
     return [*launcher, *ranks.options, *launcher_options, "--module", "pipeline.train", *arguments]
 
 
-def _launch(command: list[str], plan: Plan) -> int:
-    """Run the launcher in the foreground; signals that end this process end it too."""
+def _launch(command: list[str], *, local: bool) -> int:
+    """Run the launcher in the foreground; returns its exit code, 128 + n where signal n ended it."""
     environment = dict(os.environ)
     # where it is set, thousands of modules would be compiled again by every rank
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("OMP_NUM_THREADS", "1")  # the ranks set their own share of the cores
     root = str(Path(__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    if not hosts.local_accelerators():
+    if local and not hosts.local_accelerators():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     process = subprocess.Popen(command, env=environment)
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
+    def end(number: int, frame: FrameType | None) -> None:
+        # a Ctrl-C reaches the launcher from the terminal; a SIGTERM is sent to this process alone
+        if number == signal.SIGTERM:
+            process.terminate()
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.wait()
+        code = process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return 128 - code if code < 0 else code

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import socket
 import sys
 import time
@@ -37,46 +38,46 @@ from pipeline.sums import StepSums
 from shards.errors import UserError
 from shards.index import Split
 
-WEIGHTS_FILE = "model.safetensors"
-RESOLVED_FILE = "config.resolved.json"
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo words it
 
 
+class DivergenceError(UserError):
+    """The loss is no number any more; every rank meets it at the same update."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as one rank. Returns the exit code: 0 finished, 2 a mistake of the user's."""
+    """Train as one rank. Returns the exit code: 0 finished, 1 failed, 2 a mistake of the user's."""
     args = _parse(argv)
-    world: World | None = None
+    rank = int(os.environ.get("RANK", "0"))
+    place = f"rank {rank} on {socket.gethostname()}"
+    training = False
     try:
         experiment = config.load(args.config, overrides_of(args))
         world = engine.join(args.expect_world_size)
+        rank, place = world.rank, f"rank {world.rank} on {socket.gethostname()}"
         if world.device.type == "cpu":
             torch.set_num_threads(default_threads(world.local_size))
         else:
             torch.backends.cudnn.benchmark = True
         plan, train_split, validation_split = open_run(experiment, world.size)
-        Run(plan, train_split, validation_split, world).train()
+        run = Run(plan, train_split, validation_split, world)
+        training = True
+        run.train()
     except UserError as error:
-        # a mistake in the configuration is the same on every rank: one of them says it
-        if world is None or world.rank == 0 or error.__traceback__ is None or _in_loop(error):
-            where = f" (rank {world.rank} on {socket.gethostname()})" if world and world.size > 1 else ""
-            print(f"onehour: {error}{where}", file=sys.stderr, flush=True)
+        # while setting up every rank meets the same mistake, and one says it; a damaged image is one rank's own
+        if rank == 0 or (training and not isinstance(error, DivergenceError)):
+            print(f"onehour: {error}" + f"\n  ({place})" * training, file=sys.stderr, flush=True)
         return 2
     except Exception as error:
-        where = f"rank {world.rank} on {socket.gethostname()}" if world else socket.gethostname()
         if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER):
-            print(f"onehour: {where} stopped: another rank is gone; its own message says why", file=sys.stderr)
+            print(f"onehour: {place} stopped: another rank is gone; its own message says why", file=sys.stderr)
         else:
-            print(f"onehour: {where} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            print(f"onehour: {place} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     finally:
         with contextlib.suppress(Exception):
             engine.leave()
     return 0
-
-
-def _in_loop(error: UserError) -> bool:
-    """Whether the error was met while training, on this rank alone, rather than while setting up, on all of them."""
-    return any(frame.name in ("_train", "_evaluate") for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -137,7 +138,7 @@ class Run:
         if world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             resolved = {**plan.config.resolved(), **plan.batch.deepspeed()}
-            checkpoint.write_atomically(self.folder / RESOLVED_FILE, json.dumps(resolved, indent=2) + "\n")
+            checkpoint.write_atomically(self.folder / checkpoint.RESOLVED_FILE, json.dumps(resolved, indent=2) + "\n")
             self.monitor = Monitor(plan, self.engine, page, self.samples if saved is not None else None)
         self._seconds_in_steps = 0.0
 
@@ -205,7 +206,7 @@ class Run:
         loss, top1 = recent.reduce()
         skipped = self.engine.skipped_steps
         if self.plan.config.precision != "float16" and not math.isfinite(loss):
-            raise UserError(
+            raise DivergenceError(
                 f"the loss is {loss} at update {self.step:,} (epoch {self.plan.epoch(self.samples):.2f})",
                 "The training has diverged. Lower optimizer.params.lr, or lengthen scheduler.params.warmup_epochs.",
                 f"The last checkpoint is intact: {resume.checkpoints_folder(self.folder)}",
@@ -274,7 +275,7 @@ class Run:
         if self.monitor is None:
             return
         recipe = self.plan.config.recipe
-        model.export(self.engine.model, self.folder / WEIGHTS_FILE, recipe.model, self.classes)
+        model.export(self.engine.model, self.folder / checkpoint.WEIGHTS_FILE, recipe.model, self.classes)
         record = RunRecord.read(self.folder)
         if not record.evaluations:
             raise RuntimeError(f"{self.folder}: the run ended without an evaluation on record")

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked ranks must not inherit a pool of threads
+VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the tests marked gpu, in processes of their own
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others are the same on every machine, and fork
 
 TINY_CLASSES = ("ant", "bee", "cat", "dog", "elk")
 TINY_TRAIN, TINY_VAL = 26, 7  # images per class: 130 and 35, which no batch size below divides

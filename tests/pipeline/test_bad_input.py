@@ -17,7 +17,7 @@ from tests.conftest import write_images
 
 @pytest.fixture(autouse=True)
 def no_launch(monkeypatch):
-    def refuse(command: list[str], *rest: object) -> int:
+    def refuse(command: list[str], *, local: bool) -> int:
         raise AssertionError(f"launched {command}")
 
     monkeypatch.setattr(launch, "_launch", refuse)
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_data_set(capsys, saved, tmp_path):
 
 
 def test_fresh_keeps_the_earlier_run_beside_the_new_one(capsys, saved, monkeypatch):
-    monkeypatch.setattr(launch, "_launch", lambda *command: 3)  # the launcher fails: its code is passed on
+    monkeypatch.setattr(launch, "_launch", lambda command, local: 3)  # the launcher fails: its code is passed on
     assert cli.main(["train", str(saved), "--set", "recipe.seed=1", "--ranks", "1", "--fresh"]) == 3
     captured = capsys.readouterr()
     assert "the earlier run is kept as" in captured.out and "did not finish" in captured.err
@@ -185,6 +185,6 @@ def test_fresh_keeps_the_earlier_run_beside_the_new_one(capsys, saved, monkeypat
 
 
 def test_a_launcher_that_ends_with_0_without_a_finished_run_is_a_failure(capsys, write_config, monkeypatch):
-    monkeypatch.setattr(launch, "_launch", lambda *command: 0)
+    monkeypatch.setattr(launch, "_launch", lambda command, local: 0)
     assert cli.main(["train", str(write_config()), "--ranks", "1"]) == 1
     assert "did not finish" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from pipeline.metrics import read_metrics
 from pipeline.order import Order
 from pipeline.samples import audit, read_samples
 from pipeline.schedule import Schedule
+from shards.cli import main as shards_main
 from shards.index import load_split
 from tests.conftest import tiny_config
 
@@ -254,3 +255,27 @@ def test_torchrun_runs_the_same_module(write_config: Callable[..., Path]):
     order = Order(TRAIN, 0)
     for number, update in read_samples(run_of(path)).items():
         np.testing.assert_array_equal(update.ids, order.ids(number * KN, (number + 1) * KN))
+
+
+def test_a_run_that_diverges_stops_and_says_what_to_try(write_config: Callable[..., Path]):
+    path = write_config("diverging", {"optimizer.params.lr": 1e12})
+    command = [sys.executable, "-m", "pipeline.train", str(path)]  # a launcher is not needed for one rank
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert "the loss is nan at update" in done.stderr and "Lower optimizer.params.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "finished" not in [event["event"] for event in read_metrics(run_of(path) / "metrics.jsonl")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["bf16", "fp32"])
+def test_the_demo_reaches_its_accuracy(tmp_path, block):
+    """The shipped configuration on the shipped data: at least 97 % of all 360 held-out digits, also in bf16."""
+    assert shards_main(["prepare", "demo", str(tmp_path / "demo")]) == 0
+    path = Path(__file__).parents[2] / "ds_configs" / "demo.json"
+    arguments = ["train", path, "--ranks", "2", "--data", tmp_path / "demo", "--run", tmp_path / "run"]
+    output_of(onehour(*arguments, *(["--set", "bf16.enabled=true"] if block == "bf16" else [])))
+    events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert events[0]["precision"] == ("bfloat16" if block == "bf16" else "fp32")
+    assert events[-1]["images"] == events[0]["val_samples"] == 360
+    assert events[-1]["median_top1"] >= 97

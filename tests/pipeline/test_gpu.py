@@ -1,0 +1,64 @@
+"""What a CPU cannot show: updates on a CUDA device. Skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.metrics import read_metrics
+from tests.conftest import VISIBLE_DEVICES, tiny_config
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+if VISIBLE_DEVICES is not None:
+    ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = VISIBLE_DEVICES
+
+
+def devices() -> int:
+    if VISIBLE_DEVICES == "" or shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return listing.count("GPU ")
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(devices() == 0, reason="no CUDA device")]
+
+
+def train(data: Path, folder: Path, name: str, environment: dict[str, str], **changes: object) -> list[dict]:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(tiny_config(data, folder / name, **changes)))
+    command = [sys.executable, "-m", "pipeline.cli", "train", str(path), "--ranks", "1"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return read_metrics(folder / name / "metrics.jsonl")
+
+
+def losses(events: list[dict]) -> list[float]:
+    return [event["loss"] for event in events if event["event"] == "train"]
+
+
+def test_fp32_on_the_gpu_is_fp32_on_the_cpu(tiny_shards, tmp_path):
+    changes = {"recipe.epochs": 1, "recipe.logging.every_steps": 1}
+    on_cpu = train(tiny_shards, tmp_path, "cpu", {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}, **changes)
+    on_gpu = train(tiny_shards, tmp_path, "gpu", {**ENVIRONMENT, "NVIDIA_TF32_OVERRIDE": "0"}, **changes)
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), rel=2e-3)
+    assert "CPU" not in on_gpu[0]["device"]
+
+
+@pytest.mark.parametrize("block", ["fp16", "bf16"])
+def test_half_precision_trains_and_evaluates_every_image(tiny_shards, tmp_path, block):
+    events = train(tiny_shards, tmp_path, block, ENVIRONMENT, **{f"{block}.enabled": True})
+    assert losses(events)[-1] < losses(events)[0]
+    assert events[-1]["event"] == "finished" and events[-1]["images"] == 35
+
+
+def test_a_fused_optimizer_survives_an_overflow_on_its_first_step(tiny_shards, tmp_path):
+    changes = {"fp16.enabled": True, "fp16.initial_scale_power": 32, "optimizer.params.fused": True}
+    events = train(tiny_shards, tmp_path, "fused", ENVIRONMENT, **changes)
+    assert any(event["event"] == "skip" for event in events)
+    assert all(loss < 100 for loss in losses(events))
