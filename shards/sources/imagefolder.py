@@ -110,6 +110,7 @@ class ImageFolder(Source):
         root_name = split if split in self.roots else "train"
         root = self.roots[root_name]
         self._skipped[root_name] = 0
+        listed = False
         for label, class_name in enumerate(self.classes):
             found = False
             images = self._images(root, class_name, root_name)
@@ -121,6 +122,12 @@ class ImageFolder(Source):
                     f"{root / class_name}: no image for training in this class folder",
                     "Add images or remove the folder; labels are numbered by the folders.",
                 )
+            listed = listed or found
+        if self.val_fraction and split == "val" and not listed:
+            raise UserError(
+                f"--val-fraction {self.val_fraction:g}: holds out no image, for every class has too few",
+                "Give a larger share, or a folder of validation images with --val.",
+            )
 
     def read(self, locator: str) -> bytes:
         """The file's bytes."""

@@ -158,3 +158,9 @@ def test_keys_are_valid_whatever_the_names():
     assert make_key("n01", "a b.c/d") == "n01_a_b_c_d"
     for text in ("...", " ", "\udce9", "a\u2028b", "名前"):
         assert is_valid_key(make_key(text)), text
+
+
+def test_a_share_that_holds_out_nothing_says_so(tmp_path, write_class_folders, refuse):
+    write_class_folders(tmp_path / "in", per_class=1)
+    message = refuse("prepare", "imagefolder", tmp_path / "in", tmp_path / "out", "--val-fraction", 0.1)
+    assert "--val-fraction 0.1" in message and "--val" in message
