@@ -6,6 +6,7 @@ import platform
 import socket
 import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -148,10 +149,10 @@ class Monitor:
         self.engine.write_events({"Validation/top1": result.top1, "Validation/top5": result.top5}, samples)
         return f"val {result.top1:.2f} % top-1  {result.top5:.2f} % top-5  ({result.images:,} images)"
 
-    def checkpoint(self, *, samples: int, path: str, seconds: float) -> str:
+    def checkpoint(self, *, samples: int, folder: Path, seconds: float) -> str:
         """Record a save; returns its part of the line."""
-        self._metrics.write("checkpoint", samples=samples, path=path, seconds=seconds)
-        return f"saved {path}"
+        self._metrics.write("checkpoint", samples=samples, path=folder, seconds=seconds)
+        return f"saved {self.plan.config.run_folder}/…/{folder.name}"
 
     def line(self, *parts: str) -> None:
         """Print one line of a finished epoch."""

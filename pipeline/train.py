@@ -266,7 +266,7 @@ class Run:
             step=self.step,
             classes=self.classes,
         )
-        return self.monitor.checkpoint(samples=self.samples, path=str(folder), seconds=time.perf_counter() - began)
+        return self.monitor.checkpoint(samples=self.samples, folder=folder, seconds=time.perf_counter() - began)
 
     def _finish(self) -> None:
         """Export the weights, write down that the run is complete, and make the report."""
