@@ -6,16 +6,26 @@
 #   ./run.sh train CONFIG …       train, e.g. ./run.sh train ds_configs/imagenet_8k.json --hostfile hosts
 #   ./run.sh plan|evaluate|report|audit …        the other onehour commands
 #   ./run.sh shards prepare|verify|index …       the shard tool
+#   ./run.sh setup                only what every command does first, where it is not done yet: make .venv
+#   ./run.sh help                 this text
 #
+# Paths are relative to where you are; the demo and the tests run in the repository, wherever you are.
 # ONEHOUR_PYTHON=/path/to/python uses that interpreter's packages as they are (a container that brings its own
 # torch); otherwise everything goes into .venv, at the versions of requirements.lock.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+if [[ "${1:-}" =~ ^(help|-h|--help)$ ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$here/run.sh"
+    exit
+fi
 unset PYTHONDONTWRITEBYTECODE # every rank of every launch would compile thousands of modules again
 
 say() { printf '%s\n' "$*" >&2; }
 
 suitable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+
+# pip too: `python3 -m venv` that fails for want of ensurepip leaves a python behind
+usable_venv() { [ -x .venv/bin/python ] && suitable .venv/bin/python && .venv/bin/python -m pip --version &>/dev/null; }
 
 find_python() {
     local candidate
@@ -30,14 +40,16 @@ find_python() {
 
 make_venv() {
     local python
+    rm -rf .venv
     if python=$(find_python); then
-        "$python" -m venv .venv 2>/dev/null && return
+        "$python" -m venv .venv &>/dev/null && return
         # Debian's python3 comes without ensurepip
-        command -v uv >/dev/null && uv venv --quiet --python "$python" .venv && return
+        rm -rf .venv
+        command -v uv >/dev/null && uv venv --quiet --seed --python "$python" .venv && return
         say "run.sh: $python cannot make a virtual environment."
         say "  Install its venv module (Debian: apt install python3-venv), or uv."
     elif command -v uv >/dev/null; then
-        uv venv --quiet --python 3.12 .venv && return
+        uv venv --quiet --seed --python 3.12 .venv && return
     else
         say "run.sh: no Python 3.11, 3.12 or 3.13 found."
         say "  Install one (Debian: apt install python3 python3-venv), or uv."
@@ -62,25 +74,35 @@ install_locked() {
     .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 }
 
+set_up() {
+    local stamp
+    stamp=.venv/installed-$(cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
+    [ -e "$stamp" ] && [ -x .venv/bin/python ] && return
+    say "setting up .venv (once; torch alone is some gigabytes)"
+    usable_venv || make_venv
+    install_locked
+    rm -f .venv/installed-*
+    touch "$stamp"
+}
+
 if [ -n "${ONEHOUR_PYTHON:-}" ]; then
     python=$ONEHOUR_PYTHON
-    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    if [[ "$python" == */* && "$python" != /* ]]; then python=$PWD/$python; fi
+    export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 else
-    python=$PWD/.venv/bin/python
-    stamp=.venv/installed-$(cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
-    if [ ! -e "$stamp" ]; then
-        say "setting up .venv (once; torch alone is some gigabytes)"
-        [ -x "$python" ] && suitable "$python" || { rm -rf .venv && make_venv; }
-        install_locked
-        rm -f .venv/installed-*
-        touch "$stamp"
-    fi
-    export PATH="$PWD/.venv/bin:$PATH"
+    python=$here/.venv/bin/python
+    (
+        cd -- "$here"
+        set_up
+    )
+    export PATH="$here/.venv/bin:$PATH"
 fi
 
+# -P: a folder of the caller's that is called pipeline or shards is not ours
 case "${1:-demo}" in
 demo)
     shift || true
+    cd -- "$here"
     "$python" -m shards.cli prepare demo data/demo
     "$python" -m pipeline.cli train ds_configs/demo.json "$@"
     cat <<'NEXT'
@@ -93,16 +115,15 @@ NEXT
     ;;
 test)
     shift
+    cd -- "$here"
     exec "$python" -m pytest "$@"
     ;;
+setup) ;;
 shards)
     shift
-    exec "$python" -m shards.cli "$@"
-    ;;
-help | -h | --help)
-    sed -n '2,11s/^# \{0,1\}//p' run.sh
+    exec "$python" -P -m shards.cli "$@"
     ;;
 *)
-    exec "$python" -m pipeline.cli "$@"
+    exec "$python" -P -m pipeline.cli "$@"
     ;;
 esac

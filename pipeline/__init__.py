@@ -2,8 +2,8 @@
 
 Three layers, and imports only point down:
 
-1. the pure core, without torch: `schema`, `config`, `batch`, `schedule`, `order`, `plan`, `hosts`;
-2. the parts: `reader`, `augment`, `decode`, `loader`, `model`, `evaluate`, `checkpoint`, `metrics`, `record`,
-   `monitor`;
-3. the run: `engine` (the only module that imports deepspeed), `train`, `report`, `launch`, `cli`.
+1. the pure core, without torch: `schema`, `deepspeed_schema`, `deepspeed_keys`, `config`, `batch`, `schedule`,
+   `order`, `augment`, `plan`, `experiment`, `hosts`, `resume`, `metrics`, `record`, `samples`;
+2. the parts: `reader`, `decode`, `loader`, `model`, `stochastic`, `evaluate`, `checkpoint`, `sums`, `together`;
+3. the run: `engine` (the only module that imports deepspeed), `monitor`, `train`, `assess`, `report`, `launch`, `cli`.
 """

@@ -1,4 +1,8 @@
-"""`onehour evaluate`: exported weights or a checkpoint, measured on the whole validation split in one process."""
+"""`onehour evaluate`: exported weights or a checkpoint, measured on the whole validation split in one process.
+
+It computes in fp32, whatever precision the training had, so a half precision run may differ from its own record in a
+few images.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,10 @@ from shards.index import load_split
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate what `args.weights` names and print the result."""
+    """Evaluate what `args.weights` names, in fp32 whatever it was trained in, and print the result."""
     weights, run_folder = _find(args.weights)
     config_path = args.config or (run_folder / checkpoint.RESOLVED_FILE if run_folder else None)
-    if config_path is None or not Path(config_path).exists():
+    if config_path is None or not (args.config or config_path.exists()):
         raise UserError(
             f"{args.weights}: there is no {checkpoint.RESOLVED_FILE} beside the weights",
             "Say how they were trained: --config ds_configs/X.json",
@@ -32,9 +36,10 @@ def run(args: argparse.Namespace) -> int:
     experiment = config.load(config_path, overrides)
     recipe = experiment.recipe
     split = load_split(Path(recipe.data), recipe.evaluation.split)
-    network = model.create(recipe.model, len(split.classes), recipe.seed)
+    network = model.create(recipe.model, len(split.classes), recipe.seed, recipe.transform.size)
     checkpoint.load_weights(weights, network)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, and it is not fp32
     reader = ShardReader(split)
     requests = evaluation_requests(len(split), recipe.evaluation.micro_batch_size or 64, rank=0, world_size=1)
     with Loader(
@@ -78,9 +83,9 @@ def _find(path: Path) -> tuple[Path, Path | None]:
 def _print(weights: Path, split: str, result: Result, *, as_json: bool) -> None:
     if as_json:
         figures = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "images": result.images}
-        print(json.dumps({"weights": str(weights), "split": split, **figures}))
+        print(json.dumps({"weights": str(weights), "split": split, **figures, "precision": "fp32"}))
     else:
         print(
             f"top-1 {result.top1:.2f} %   top-5 {result.top5:.2f} %   loss {result.loss:.4f}   "
-            f"{result.images:,} images of {split}, all of them   {weights}"
+            f"{result.images:,} images of {split}, all of them   computed in fp32   {weights}"
         )

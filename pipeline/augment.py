@@ -14,6 +14,9 @@ import numpy as np
 
 from pipeline.schema import Transform
 
+VIEWS_NAME = "philox-v1"
+"""Name and version of how views are drawn; saved with checkpoints, so it changes with any view of any sample."""
+
 RESIZED_CROP_ATTEMPTS = 10  # as torchvision.transforms.RandomResizedCrop
 
 

@@ -1,7 +1,8 @@
-"""Saving and loading a run: weights as safetensors, optimizer tensors, facts as JSON; nothing is ever unpickled.
+"""Saving and loading a run: weights as safetensors, optimizer tensors, facts as JSON; loading runs no code.
 
 DeepSpeed's own checkpoints are not used: they are written in place, their `latest` can name an incomplete save, a
-missing one silently starts the training anew, and loading them executes what the file says.
+missing one silently starts the training anew, and loading them executes what the file says. Ours go through torch's
+restricted unpickler (`weights_only=True`), which makes tensors and plain containers and nothing else.
 At ZeRO stage 0 every rank holds the same state, so rank 0 writes one copy that any number of ranks can continue from.
 """
 

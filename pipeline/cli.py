@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, on this machine or on a hostfile's")
     launch.add_arguments(train)
 
-    evaluate = commands.add_parser("evaluate", help="measure exported weights or a checkpoint on the whole split")
+    evaluate = commands.add_parser("evaluate", help="measure weights or a checkpoint on the whole split, in fp32")
     evaluate.add_argument("weights", type=Path, help="a .safetensors file, a checkpoint folder, or a run folder")
     evaluate.add_argument("--config", help="the configuration; default: config.resolved.json of the run")
     evaluate.add_argument("--data", help="folder of shards; default: the configuration's")
@@ -106,7 +106,7 @@ def _plan(args: argparse.Namespace) -> int:
 
         recipe = experiment.recipe
         rows = model.describe(
-            model.create(recipe.model, classes, recipe.seed),
+            model.create(recipe.model, classes, recipe.seed, size=recipe.transform.size),
             weight_decay=experiment.blocks.optimizer.params.get("weight_decay", 0),
             micro=resolved.batch.micro,
             size=recipe.transform.size,

@@ -17,6 +17,13 @@ from torchvision.transforms.v2 import functional as F
 from pipeline.augment import Augmentation
 from pipeline.schema import Transform
 
+# What does not concern the pixels: damaged EXIF tags, of which ImageNet has a few (the TIFF module reads them for every
+# format), a second picture in one file, and transparency, which RGB does not have. Filtered once for the process:
+# warnings.catch_warnings is not safe in threads. Pillow's warning of a decompression bomb stays visible.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin$")
+warnings.filterwarnings("ignore", "Image appears to be a malformed MPO", UserWarning, r"PIL\.JpegImagePlugin$")
+warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning, r"PIL\.Image$")
+
 
 class DecodeError(Exception):
     """The bytes are not an image that can be decoded; the message says what is wrong with them."""
@@ -84,8 +91,6 @@ class PillowDecoder:
 
 def _decode(data: bytes) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # corrupt EXIF, of which ImageNet has a few; the pixels are fine
-            return Image.open(io.BytesIO(data)).convert("RGB")
+        return Image.open(io.BytesIO(data)).convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DecodeError(f"cannot be decoded ({len(data):,} bytes): {error}") from None

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.comm as ds_comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
 from pipeline import hosts
@@ -33,6 +34,8 @@ from pipeline.loader import MicroBatch
 from pipeline.model import LogicalWorkerStatistics, Normalise, parameter_groups
 from pipeline.plan import Plan
 from pipeline.schedule import GradualWarmupLR
+from pipeline.stochastic import is_stochastic, seed_worker
+from shards.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -63,7 +66,7 @@ def join(world_size: int | None = None) -> World:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(hosts.free_port())
         )
-    cuda = torch.cuda.is_available()
+    cuda = get_accelerator().device_name() == "cuda"  # DS_ACCELERATOR=cpu is honoured
     if cuda and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
@@ -121,9 +124,14 @@ class Engine:
         lr_schedules.GradualWarmupLR = GradualWarmupLR  # where DeepSpeed looks up "scheduler": {"type": …}
         self.plan = plan
         self.world = world
-        self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
-            model=model.to(world.device), model_parameters=parameter_groups(model), config=deepspeed_config(plan)
-        )
+        if plan.config.precision == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions: ten bits of mantissa
+        try:
+            self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
+                model=model.to(world.device), model_parameters=parameter_groups(model), config=deepspeed_config(plan)
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{plan.config.path}: DeepSpeed refuses the configuration: {error}") from error
         assert isinstance(self.scheduler, GradualWarmupLR)
         # not before: initialize views every parameter as contiguous bytes
         self.model: nn.Module = self._engine.module.to(memory_format=torch.channels_last)
@@ -132,6 +140,7 @@ class Engine:
         self._normalise = Normalise(transform.mean, transform.std, world.device)
         self._overflows = OverflowCounter(self.optimizer, world.device)
         self._lr_used = float("nan")
+        self._stochastic = is_stochastic(self.model)
         self._configure_loss_scale()
         self._fill_fused_momentum()
 
@@ -178,6 +187,9 @@ class Engine:
                 batch = next(micro_batches)
                 used.append(batch)
                 self._statistics.micro_step(index)
+                if self._stochastic:
+                    worker = self.world.rank * self.plan.batch.accumulation + index
+                    seed_worker(self.plan.config.recipe.seed, samples // self.plan.batch.train, worker)
                 labels = batch.labels.to(self.world.device, non_blocking=True)
                 logits = self.forward(batch.images).float()
                 loss = F.cross_entropy(logits, labels)
@@ -210,8 +222,10 @@ class Engine:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         scaler = self._engine.torch_autocast_z0_gradscaler
-        if scaler is not None and state["loss_scaler"]:
-            scaler.load_state_dict(state["loss_scaler"])
+        saved = state["loss_scaler"]
+        if scaler is not None and saved and not self.plan.config.blocks.fp16.loss_scale:
+            found = {key: saved[key] for key in ("scale", "_growth_tracker")}
+            scaler.load_state_dict({**scaler.state_dict(), **found})
         self.scheduler.load_state_dict({"samples": samples})
         self._engine.global_steps = step
         self._engine.global_samples = samples

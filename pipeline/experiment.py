@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+from pathlib import Path
 
 from pipeline import plan as plans
 from pipeline.config import Config
 from pipeline.plan import Plan
 from shards.errors import UserError
 from shards.index import Split, load_split
+
+MONITOR_PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "comet": ("comet_ml", '"comet_ml>=3.41.0"'),
+}
+"""Section of the configuration → the module that it needs, and what pip calls it."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
@@ -37,12 +46,26 @@ def open_run(config: Config, world_size: int) -> tuple[Plan, Split, Split]:
     """Open both splits and resolve the plan.
 
     Raises:
-        UserError: shards missing, empty or not matching their index; splits that disagree on the classes; batch
-            sizes that do not divide.
+        UserError: shards missing, empty or not matching their index; batch sizes that do not divide.
     """
     recipe = config.recipe
-    train = load_split(plans.data_folder(config), "train")
-    validation = load_split(plans.data_folder(config), recipe.evaluation.split)
-    if train.classes != validation.classes:
-        raise UserError(f"{recipe.data}: the splits train and {validation.name} have different classes")
+    train = load_split(Path(recipe.data), "train")
+    validation = load_split(Path(recipe.data), recipe.evaluation.split)
     return plans.resolve(config, world_size, train=train, validation=validation), train, validation
+
+
+def check_monitors(config: Config) -> None:
+    """Refuse an enabled monitor whose package is not installed; DeepSpeed would find out in the ranks.
+
+    For whoever is about to train: a plan needs no monitor, so `open_run` does not check this.
+
+    Raises:
+        UserError: the package is missing; it says how to install it.
+    """
+    for section, (module, package) in MONITOR_PACKAGES.items():
+        if getattr(config.blocks, section).enabled and importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"{config.path}: {section} is enabled, and the package {module} is not installed",
+                f"Install it with: python -m pip install {package}",
+                f'Or train without it: "{section}": {{"enabled": false}}',
+            )

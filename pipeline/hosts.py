@@ -1,7 +1,7 @@
-"""How many ranks a launch will have: the hostfile, its filters, and the accelerators of this machine.
+"""Where a launch puts its ranks: the hostfile and its filters, this machine's GPUs, and what other hosts need.
 
 DeepSpeed's launcher trains locally when the hostfile does not exist, and finds most other mistakes only after it has
-begun; the same file is read here first, by the launcher's own rules (deepspeed/launcher/runner.py).
+begun; the same files and options are read here first, by its own rules (deepspeed/launcher/runner.py).
 """
 
 from __future__ import annotations
@@ -11,12 +11,37 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shards.errors import UserError
 
 HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(?:#.*)?$")
+ENVIRONMENT_LINE = re.compile(r"^\s*[A-Za-z_]\w*\s*=.*$")
+PLAIN_PATH = re.compile(r"^[\w@+=:,./-]+$")  # what means itself to a remote shell, and to pdsh (which expands %h)
+GPU_LISTING_SECONDS = 60
+
+LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
+LAUNCHER_OPTIONS = frozenset(  # those that take a value
+    "--master_port --master_addr --node_rank --launcher --launcher_args --enable_each_rank_log --bind_core_list "
+    "--ssh_port --venv_script --log_level".split()
+)
+LAUNCHER_FLAGS = frozenset(
+    "--no_local_rank --no_ssh --no_ssh_check --force_multi --save_pid --bind_cores_to_rank --quiet -q".split()
+)
+# options of the launcher that would start other ranks than were planned, and ours that plans them
+OURS = {
+    "-H": "--hostfile",
+    "--hostfile": "--hostfile",
+    "-i": "--include",
+    "--include": "--include",
+    "-e": "--exclude",
+    "--exclude": "--exclude",
+    "--num_gpus": "--ranks",
+    "--num_accelerators": "--ranks",
+    "--num_nodes": "--include",
+}
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -96,16 +121,131 @@ def _parse_filter(text: str, every: Mapping[str, list[int]], option: str) -> dic
     return {host: sorted(slots) or every[host] for host, slots in named.items()}
 
 
-def local_accelerators() -> int:
-    """CUDA devices that a process on this machine may use, without importing torch; 0 where there are none."""
+def local_gpus() -> list[int]:
+    """Numbers of the GPUs that ranks on this machine may use, without importing torch; none means ranks on the CPU.
+
+    `CUDA_VISIBLE_DEVICES` (empty or -1 for the CPU) and `DS_ACCELERATOR=cpu` are honoured; else `nvidia-smi` counts.
+
+    Raises:
+        UserError: `CUDA_VISIBLE_DEVICES` names GPUs in a way that the launcher does not take.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+        return _visible_gpus(visible)
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return 0
-    listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60, check=False)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+        return []
+    try:
+        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=GPU_LISTING_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        # a machine whose driver hangs can train on its CPU, but who expects its GPUs must hear of it
+        print(
+            f"onehour: no GPU is counted: {error}\n"
+            "  Where the GPUs work all the same, name them: CUDA_VISIBLE_DEVICES=0,1",
+            file=sys.stderr,
+        )
+        return []
+    return list(range(sum(line.startswith("GPU ") for line in listing.stdout.splitlines())))
+
+
+def _visible_gpus(visible: str) -> list[int]:
+    entries = [entry.strip() for entry in visible.split(",")]
+    if entries in ([""], ["-1"]):
+        return []
+    if not all(entry.isascii() and entry.isdecimal() for entry in entries):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible}: the deepspeed launcher takes numbers of GPUs only, e.g. 0,1",
+            "`nvidia-smi -L` lists the numbers; an empty value trains on the CPU.",
+            "For a MIG slice, which has no number: torchrun --nproc-per-node 1 -m pipeline.train CONFIG",
+        )
+    numbers = [int(entry) for entry in entries]
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: a GPU is listed twice; the launcher would use it once")
+    return numbers
+
+
+def read_launcher_options(options: Sequence[str]) -> dict[str, str]:
+    """The options that go to the deepspeed launcher as they are: values by name, "" for a flag.
+
+    Raises:
+        UserError: a stray word, which the launcher would take for its script; an option that would start other
+            ranks than were planned; an option that the launcher does not have.
+    """
+    known = LAUNCHER_OPTIONS | LAUNCHER_FLAGS | OURS.keys()
+    given: dict[str, str] = {}
+    words = iter(options)
+    for word in words:
+        if not word.startswith("-"):
+            mend = f"Did you mean --set {word}?" if "=" in word else "The launcher would take it for the script to run."
+            raise UserError(f"{word}: not an argument of onehour train", mend)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            name = name[:2] if name[:2] in OURS else name  # -Hfile is -H file
+        elif name not in known:
+            # like argparse, which the launcher reads them with
+            full = [option for option in known if option.startswith(name)]
+            name = full[0] if len(full) == 1 else name
+        if name in OURS:
+            raise UserError(
+                f"{word}: chooses ranks behind the plan's back",
+                f"Use onehour's own {OURS[name]}" + " host-a@host-b" * (name == "--num_nodes"),
+            )
+        if name not in known:
+            raise UserError(
+                f"{word}: neither onehour train nor the launcher under it takes such an option",
+                "onehour train --help lists ours; a value of the configuration is set by --set PATH=VALUE.",
+            )
+        given[name] = value if equals or name in LAUNCHER_FLAGS else next(words, "")
+    return given
+
+
+def check_remote(launcher: str, config: Path) -> None:
+    """Check what the launcher needs before it can start ranks on other hosts.
+
+    Args:
+        launcher: its `--launcher`, one of `LAUNCHERS`.
+        config: the configuration's path, which every host is given.
+
+    Raises:
+        UserError: an unknown launcher; no pdsh; a path that a remote shell would split or expand; a line of
+            `.deepspeed_env` that the launcher fails on.
+    """
+    if launcher not in LAUNCHERS:
+        raise UserError(f"--launcher {launcher}: the launcher has {', '.join(LAUNCHERS)}")
+    # the launcher's own rule; where DS_ENV_FILE is absolute, joining gives it alone
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    for path in (Path.home() / name, Path(name)):
+        if path.is_file():
+            _check_environment_file(path)
+    if launcher != "pdsh":
+        return  # the others start no shell
+    paths = {"the working directory": Path.cwd(), "the configuration": config, "the Python": Path(sys.executable)}
+    for what, path in paths.items():
+        if not PLAIN_PATH.match(str(path)):
+            raise UserError(
+                f"{path}: pdsh hands the path of {what} to a shell on every host, which would take it apart",
+                "Use a path of letters, digits and ./_-+=:,@ without blanks, or another --launcher.",
+            )
+    if shutil.which("pdsh") is None:
+        raise UserError(
+            "pdsh is not on PATH here, and the launcher starts ranks on other hosts with it",
+            f"Install it (Debian: apt install pdsh), or choose --launcher {', '.join(LAUNCHERS[1:])}.",
+        )
+
+
+def _check_environment_file(path: Path) -> None:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not ENVIRONMENT_LINE.match(line):
+            raise UserError(
+                f"{path}:{number}: {line!r} is not of the form NAME=VALUE",
+                "The launcher gives these variables to every host, and fails on blank lines and comments: remove it.",
+            )
 
 
 def free_port() -> int:

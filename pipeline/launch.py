@@ -1,20 +1,24 @@
 """`onehour train`: everything that can be checked is checked, then the `deepspeed` launcher starts the ranks.
 
 The launcher is DeepSpeed's own and its options pass through; its traps are closed here: a hostfile that is not there
-would train locally, and a launcher that is killed can end with exit code 0. A run succeeded when the trainer wrote
-down that it finished, and only then.
+would train locally, a launcher that is stopped leaves its ranks training, and one that is killed can end with exit
+code 0. A run succeeded when the trainer wrote down that it finished, and only then.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -29,6 +33,7 @@ from pipeline.record import RunRecord
 from shards.errors import UserError
 
 DEFAULT_CPU_RANKS = 2
+STOP_SECONDS = 5  # ranks that are still there so long after they were told to stop are killed
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,13 @@ class Ranks:
         world_size: their number.
         options: the launcher's options that bring them about.
         where: for people, e.g. "4 hosts × 8".
+        environment: variables for the launcher that choose their devices.
     """
 
     world_size: int
     options: list[str]
     where: str
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,18 +83,7 @@ def ranks_of(args: argparse.Namespace, experiment: Config) -> Ranks:
     if args.hostfile is None:
         if args.include or args.exclude:
             raise UserError("--include and --exclude filter a hostfile; give one with --hostfile")
-        available = hosts.local_accelerators()
-        count = args.ranks
-        if count is None:
-            count = batch.largest_world_size(experiment, available or DEFAULT_CPU_RANKS)
-        if count < 1:
-            raise UserError(f"--ranks {count}: at least one rank is needed")
-        if available and count > available:
-            raise UserError(f"--ranks {count}: this machine has {available} GPUs")
-        where = f"{count} of this machine's {available} GPUs" if available > count else ""
-        # a hostfile in its default place would win over the number, and a run beside this one hold the default port
-        options = ["--hostfile", os.devnull, "--num_accelerators", str(count), "--master_port", str(hosts.free_port())]
-        return Ranks(count, options, where)
+        return _local_ranks(args.ranks, experiment)
     if args.ranks is not None:
         raise UserError("--ranks is for this machine alone; with --hostfile the slots are the ranks")
     chosen = hosts.select(hosts.read_hostfile(args.hostfile), args.include, args.exclude)
@@ -103,11 +99,40 @@ def ranks_of(args: argparse.Namespace, experiment: Config) -> Ranks:
     return Ranks(world_size, options, f"{len(chosen)} host{'s' * (len(chosen) != 1)}{each}")
 
 
+def _local_ranks(count: int | None, experiment: Config) -> Ranks:
+    gpus = hosts.local_gpus()
+    if count is None:
+        count = batch.largest_world_size(experiment, len(gpus) or DEFAULT_CPU_RANKS)
+    if count < 1:
+        raise UserError(f"--ranks {count}: at least one rank is needed")
+    # a hostfile in its default place would win over the number, and a run beside this one hold the default port
+    options = ["--hostfile", os.devnull, "--master_port", str(hosts.free_port())]
+    number = ["--num_accelerators", str(count)]
+    if not gpus:
+        accelerator = os.environ.get("DS_ACCELERATOR", "cpu")
+        return Ranks(count, options + number, "", {"DS_ACCELERATOR": accelerator, "CUDA_VISIBLE_DEVICES": ""})
+    named = "CUDA_VISIBLE_DEVICES" in os.environ
+    if count > len(gpus):
+        raise UserError(
+            f"--ranks {count}: this machine has {len(gpus)} GPUs" + " in CUDA_VISIBLE_DEVICES" * named,
+            "For ranks on the CPU: DS_ACCELERATOR=cpu",
+        )
+    where = f"{count} of this machine's {len(gpus)} GPUs" if len(gpus) > count else ""
+    if named:  # the launcher goes by the variable only where it is given no number
+        return Ranks(count, options, where, {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus[:count]))})
+    return Ranks(count, options + number, where)
+
+
 def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
-    """Check, launch, and tell how it ended. Returns the exit code."""
+    """Check, launch, and tell how it ended. Returns the exit code: 128 + n where signal n ended it."""
     console = Console(highlight=False, soft_wrap=True)
+    given = hosts.read_launcher_options(launcher_options)
     experiment = config.load(args.config, overrides_of(args))
     ranks = ranks_of(args, experiment)
+    launcher = given.get("--launcher", "pdsh").lower()
+    remote = (args.hostfile is not None or "--force_multi" in given) and "--no_ssh" not in given
+    if remote:
+        hosts.check_remote(launcher, experiment.path)
     plan, _, _ = open_run(experiment, ranks.world_size)
     folder = experiment.run_folder
     if args.fresh:
@@ -125,19 +150,16 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
         # nothing to resume from: the record of the attempt is kept, but it is not this run's
         _set_aside(folder, console)
     events_before = len(read_metrics(folder / FILE_NAME)) if (folder / FILE_NAME).exists() else 0
-    code = _launch(_command(experiment, ranks, launcher_options), local=args.hostfile is None)
-    finished = _finished(folder, after=events_before)
-    if not finished:
+    if not {"--log_level", "--quiet", "-q"} & given.keys():
+        launcher_options = [*launcher_options, "--quiet"]  # its dozen lines would precede the plan
+    command = _command(experiment, ranks, launcher_options)
+    code = _launch(command, ranks.environment, stops_its_ranks=remote and launcher == "pdsh")
+    if _finished(folder, after=events_before):
+        print_summary(folder, console)
+    else:
+        print(_not_finished(folder, code, several_hosts=args.hostfile is not None), file=sys.stderr)
         code = code or 1
-        print(
-            f"onehour: the training did not finish (the launcher's exit code was {code}).\n"
-            f"  What happened is above and in {folder / FILE_NAME}.\n"
-            "  The same command continues from the last checkpoint.",
-            file=sys.stderr,
-        )
-        return code
-    print_summary(folder, console)
-    return code
+    return 128 - code if code < 0 else code
 
 
 def print_summary(folder: Path, console: Console) -> None:
@@ -175,38 +197,90 @@ def _finished(folder: Path, after: int = 0) -> bool:
     return "finished" in events and "start" not in events[events.index("finished") :]
 
 
+def _not_finished(folder: Path, code: int, *, several_hosts: bool) -> str:
+    how = f"stopped by {signal.Signals(-code).name}" if code < 0 else f"the launcher's exit code was {code}"
+    lines = [f"onehour: the training did not finish ({how})."]
+    if (folder / FILE_NAME).exists():
+        lines.append(f"What happened is above and in {folder / FILE_NAME}.")
+        lines.append("The same command continues from the last checkpoint.")
+    elif several_hosts and code == 0:
+        lines.append(f"{folder / FILE_NAME} is not there, though the launcher saw no failure.")
+        lines.append("The run folder must be on a file system that this host shares with the first host.")
+    else:
+        lines.append("What happened is above.")
+    return "\n  ".join(lines)
+
+
 def _command(experiment: Config, ranks: Ranks, launcher_options: Sequence[str]) -> list[str]:
     arguments = [str(experiment.path), "--expect-world-size", str(ranks.world_size)]
-    for override in experiment.overrides:
-        arguments += ["--set", override]
+    if experiment.overrides:
+        # with pdsh a shell on every host takes arguments apart again, and quotes, braces and $ do not survive it
+        overrides = base64.urlsafe_b64encode(json.dumps(experiment.overrides).encode()).decode()
+        arguments += ["--overrides-base64", overrides]
     script = Path(sys.executable).parent / "deepspeed"
     launcher = [sys.executable, str(script)] if script.exists() else [shutil.which("deepspeed") or "deepspeed"]
-    if not any(option.split("=")[0] in ("--log_level", "--quiet", "-q") for option in launcher_options):
-        ranks = replace(ranks, options=[*ranks.options, "--quiet"])  # its dozen lines would precede the plan
     return [*launcher, *ranks.options, *launcher_options, "--module", "pipeline.train", *arguments]
 
 
-def _launch(command: list[str], *, local: bool) -> int:
-    """Run the launcher in the foreground; returns its exit code, 128 + n where signal n ended it."""
-    environment = dict(os.environ)
+def _launch(command: list[str], environment: Mapping[str, str], *, stops_its_ranks: bool) -> int:
+    """Run the launcher until it ends, and stop it and its ranks where this process is told to stop.
+
+    Args:
+        command: the launcher's command line.
+        environment: variables to set for it.
+        stops_its_ranks: whether the launcher itself stops its ranks on SIGTERM, which it does with pdsh only.
+
+    Returns:
+        The launcher's exit code, or -n where signal n ended it or was sent to this process.
+    """
+    variables = {**os.environ, **environment}
     # where it is set, thousands of modules would be compiled again by every rank
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    environment.setdefault("OMP_NUM_THREADS", "1")  # the ranks set their own share of the cores
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
+    variables.setdefault("OMP_NUM_THREADS", "1")  # the ranks set their own share of the cores
     root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    if local and not hosts.local_accelerators():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    process = subprocess.Popen(command, env=environment)
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (root, variables.get("PYTHONPATH"))))
+    process: subprocess.Popen | None = None
+    received: list[int] = []
 
-    def end(number: int, frame: FrameType | None) -> None:
-        # a Ctrl-C reaches the launcher from the terminal; a SIGTERM is sent to this process alone
-        if number == signal.SIGTERM:
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process is not None and stops_its_ranks:
             process.terminate()
+        elif process is not None:
+            _signal_group(process.pid, signal.SIGTERM)
 
-    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        stopping.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, stop) for number in stopping}
     try:
+        # ranks outlive a launcher that is killed, but not their process group. With pdsh it stays in the terminal's:
+        # ssh may have to ask, and another group may not read there
+        process = subprocess.Popen(command, env=variables, process_group=None if stops_its_ranks else 0)
+        if received:  # meanwhile
+            stop(received.pop(), None)
         code = process.wait()
+        if received and not stops_its_ranks:
+            _end_group(process.pid)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return 128 - code if code < 0 else code
+    return -received[0] if received else code
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Send a signal to a process group. Returns whether there is anyone in it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+        return True
+    return False
+
+
+def _end_group(group: int) -> None:
+    """Wait until a process group that was told to stop is gone, and kill what is not in time."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while _signal_group(group, 0):
+        if time.monotonic() > deadline:
+            _signal_group(group, signal.SIGKILL)
+            return
+        time.sleep(0.05)

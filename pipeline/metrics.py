@@ -9,7 +9,7 @@ samples / train_samples. A number that was not finite is null.
                 precision index_digest run device host plan versions resumed_from
     resume      samples path world_size
     train       step samples epoch loss [top1] lr images_per_second data_wait skipped_steps step_seconds
-    epoch       epoch samples loss [top1] seconds images_per_second data_wait
+    epoch       epoch samples images loss [top1] seconds images_per_second data_wait
     evaluation  epoch samples top1 top5 loss images seconds
     checkpoint  samples path seconds
     skip        step skipped loss_scale: updates withheld by an overflow since the last report

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from rich import filesize
 from safetensors.torch import save_file
+from timm.layers import evo_norm, filter_response_norm, grn, inplace_abn, norm, norm_act, split_batchnorm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,11 +26,29 @@ from shards.errors import UserError
 
 FC_STD = 0.01  # paper §5.1: "The 1000-way fully-connected layer is initialized … with standard deviation of 0.01"
 
-NORMALISATION: tuple[type[nn.Module], ...] = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
-"""Chosen by type: a test on the name ("bn" in name) misses the BN of downsampling shortcuts."""
+
+def _modules_defined_in(namespace: ModuleType) -> list[type[nn.Module]]:
+    return [
+        kind
+        for _, kind in inspect.getmembers(namespace, inspect.isclass)
+        if issubclass(kind, nn.Module) and kind.__module__ == namespace.__name__
+    ]
 
 
-def create(recipe: schema.Model, classes: int, seed: int) -> nn.Module:
+NORMALISATION: tuple[type[nn.Module], ...] = tuple(
+    kind
+    for namespace in (
+        torch.nn.modules.batchnorm,  # instance normalisation derives from its classes
+        torch.nn.modules.normalization,
+        *(evo_norm, filter_response_norm, grn, inplace_abn, norm, norm_act, split_batchnorm),
+    )
+    for kind in _modules_defined_in(namespace)
+)
+"""Every normalisation layer of torch and timm. Chosen by type: names mislead, of layers (a shortcut's BN has no "bn" in
+it) and of types (NFNet's NormFreeBlock)."""
+
+
+def create(recipe: schema.Model, classes: int, seed: int, size: int | None = None) -> nn.Module:
     """Build a timm model; residual networks get the paper's initialisation (§5.1).
 
     He initialisation with fan-out for convolutions, γ = 1 except γ = 0 in each residual block's last BN
@@ -37,9 +58,10 @@ def create(recipe: schema.Model, classes: int, seed: int) -> nn.Module:
         recipe: name and arguments.
         classes: number of classes of the data set.
         seed: every rank builds the same weights from it.
+        size: of the training images (recipe.transform.size), which the model must take; None: not checked.
 
     Raises:
-        UserError: no such model, or arguments it does not take.
+        UserError: no such model, arguments it does not take, or images it does not take.
     """
     if not timm.is_model(recipe.name):
         near = timm.list_models(f"*{recipe.name}*")[:5]
@@ -57,15 +79,53 @@ def create(recipe: schema.Model, classes: int, seed: int) -> nn.Module:
         )
     try:
         model = timm.create_model(recipe.name, **arguments)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise UserError(f"recipe.model.args: {recipe.name} cannot be built with {recipe.args}: {error}") from None
+    except Exception as error:  # timm's 1,000 models check their arguments each in its own way
+        raise UserError(f"recipe.model.args: {recipe.name} cannot be built with {recipe.args}: {error!r}") from None
     if isinstance(model, ResNet):
         _initialise_resnet(model, zero_init_last=recipe.zero_init_last)
     elif not recipe.zero_init_last:
         raise UserError(
             f"recipe.model.zero_init_last is for residual networks; {recipe.name} has its own initialisation"
         )
+    if size is not None:
+        _check_takes(model, recipe, arguments["num_classes"], size)
     return model
+
+
+def _check_takes(model: nn.Module, recipe: schema.Model, outputs: int, size: int) -> None:
+    """Two images through copies of the model: without arithmetic, and with it if the meta device is not enough."""
+    images = f"images of {size} × {size} pixels (recipe.transform.size)"
+    try:
+        answer = _forward(model, 2, size, "meta")
+    except Exception:  # the model's own, or an operation that does not exist without values
+        try:
+            answer = _forward(model, 2, size, "cpu")
+        except Exception as error:
+            raise UserError(
+                f"recipe.model: {recipe.name} does not take {images}: {error}",
+                "Set recipe.transform.size to a size it takes; a vision transformer is built for another size with "
+                f"recipe.model.args.img_size: --set recipe.model.args.img_size={size}",
+            ) from None
+    if not isinstance(answer, torch.Tensor) or answer.shape != (2, outputs):
+        given = f"shape {tuple(answer.shape)}" if isinstance(answer, torch.Tensor) else f"a {type(answer).__name__}"
+        raise UserError(
+            f"recipe.model: {recipe.name} answers two {images} with {given}, not with {outputs} scores for each",
+            "A classifier is needed: look at recipe.model.args.",
+        )
+
+
+def _forward(model: nn.Module, images: int, size: int, device: str, hook: Any = None) -> Any:
+    """What a copy of the model answers in training; the model, and torch's random numbers, stay as they are.
+
+    Args:
+        hook: a forward hook for each layer that has no layers inside.
+    """
+    shadow = deepcopy(model).to(device).train()
+    for module in shadow.modules():
+        if hook is not None and not list(module.children()):
+            module.register_forward_hook(hook)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return shadow(torch.zeros(images, 3, size, size, device=device))
 
 
 def _initialise_resnet(model: ResNet, *, zero_init_last: bool) -> None:
@@ -91,7 +151,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     exempt = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, NORMALISATION) or "norm" in type(module).__name__.lower()
+        if isinstance(module, NORMALISATION)
         for parameter in module.parameters(recurse=False)
     }
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -104,23 +164,25 @@ def describe(model: nn.Module, *, weight_decay: float, micro: int, size: int, pr
     """The rows of the plan's page that need the built model: what decays, and memory.
 
     Activations are estimated as the outputs of all layers that training keeps for the backward pass, counted on the
-    meta device at the given micro-batch; the true figure depends on fusion and the allocator.
+    meta device at the given micro-batch; the true figure depends on fusion and the allocator. A model that does not
+    run there gets no figure.
     """
     decayed, spared = (len(group["params"]) for group in parameter_groups(model))
     weights = sum(parameter.numel() for parameter in model.parameters())
     state_bytes = weights * 4 * 3  # weights, gradients, momentum, all fp32
     activations = _activation_bytes(model, micro, size, 4 if precision == "fp32" else 2)
+    memory = f"{filesize.decimal(state_bytes + activations)} per rank estimated" if activations else "not estimated"
     return [
         ("decay", f"{weight_decay:g} on {decayed} weights and biases; none on {spared} normalisation γ, β"),
         (
             "memory",
-            f"{filesize.decimal(state_bytes + activations)} per rank estimated · {weights / 1e6:.1f} M parameters · "
-            f"checkpoints {filesize.decimal(weights * 8)}",
+            f"{memory} · {weights / 1e6:.1f} M parameters · checkpoints {filesize.decimal(weights * 8)}",
         ),
     ]
 
 
-def _activation_bytes(model: nn.Module, micro: int, size: int, element_bytes: int) -> int:
+def _activation_bytes(model: nn.Module, micro: int, size: int, element_bytes: int) -> int | None:
+    """Bytes of all layers' outputs, or None for a model that does not run on the meta device."""
     total = 0
 
     def count(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -128,12 +190,10 @@ def _activation_bytes(model: nn.Module, micro: int, size: int, element_bytes: in
         if isinstance(output, torch.Tensor):
             total += output.numel() * element_bytes
 
-    shadow = deepcopy(model).to("meta").train()
-    for module in shadow.modules():
-        if not list(module.children()):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        shadow(torch.empty(micro, 3, size, size, device="meta"))
+    try:
+        _forward(model, micro, size, "meta", count)
+    except Exception:  # whatever it is, an estimate must not end a training
+        return None
     return total
 
 
@@ -218,6 +278,13 @@ def average_statistics(model: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------- weights in files
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of a weight or statistic that holds NaN or infinity, or None; waits for the device."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
 
 
 def export(model: nn.Module, path: Path, recipe: schema.Model, classes: int) -> None:

@@ -60,7 +60,7 @@ class Monitor:
             device=_device_name(engine),
             host=socket.gethostname(),
             plan=text,
-            versions=_versions(),
+            versions=versions(),
             resumed_from=resumed_from,
         )
         if resumed_from is not None:
@@ -76,13 +76,19 @@ class Monitor:
             )
         self._progress.start()
 
-    def steps(self, *, step: int, samples: int, loss: float, top1: float, lr: float, window: Window) -> None:
-        """Report the updates since the last report. `loss` and `top1` (percent) are means over them."""
+    def steps(
+        self, *, step: int, samples: int, loss: float, top1: float, lr: float, skipped: int, window: Window
+    ) -> None:
+        """Report the updates since the last report.
+
+        `loss` and `top1` (percent) are means over them, `skipped` counts withheld updates since this process began.
+        """
         rate, waiting = window.rates()
-        skipped = self.engine.skipped_steps
         epoch = self.plan.epoch(samples)
         remaining = float(self.plan.total_samples) - samples
         figures = f"loss {loss:.3f}   lr {lr:.4g}   {rate:,.0f} img/s   data wait {100 * waiting:.1f} %"
+        if skipped:
+            figures += f"   {skipped} withheld"
         if rate:
             figures += f"   eta {_duration(max(0, remaining) / rate)}"
         self._progress.update(
@@ -126,6 +132,7 @@ class Monitor:
             "epoch",
             epoch=epoch,
             samples=samples,
+            images=window.images,  # fewer than an epoch's where a resumed process began within it
             loss=loss,
             top1=top1,
             seconds=window.seconds,
@@ -196,7 +203,8 @@ def _device_name(engine: Engine) -> str:
     return f"{world.size} × {name}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers."""
     found = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from rich import filesize
@@ -89,6 +88,8 @@ class Plan:
             "steps": self.steps,
             "milestones": [
                 {"epoch": float(epoch), "update": self._update_at(epoch), "lr": self._lr_at(epoch)}
+                if self._reached(epoch)
+                else {"epoch": float(epoch), "update": None, "lr": None}
                 for epoch in self.schedule.milestones
             ],
             "order": order_name(self.train_samples),
@@ -112,9 +113,7 @@ class Plan:
             images += f" / {self.val_samples:,} {recipe.evaluation.split}"
         overrun = (self.steps * batch.train - self.total_samples) / batch.train
         reaches = (
-            f" · the last reaches into epoch {math.floor(recipe.epochs) + 1} by {float(overrun):.2g} of a batch"
-            if overrun
-            else ""
+            f" · the last reaches past epoch {recipe.epochs:g} by {float(overrun):.2g} of a batch" if overrun else ""
         )
         rows = [
             (config.name, f"{recipe.model.name} · {images} · {recipe.epochs:g} epochs · {config.path}"),
@@ -133,11 +132,7 @@ class Plan:
             ),
             ("", self._warmup_line()),
         ]
-        if schedule.milestones:
-            epochs = " / ".join(f"{float(epoch):g}" for epoch in schedule.milestones)
-            rates = " / ".join(f"{self._lr_at(epoch):.6g}" for epoch in schedule.milestones)
-            updates = " / ".join(f"{self._update_at(epoch):,}" for epoch in schedule.milestones)
-            rows.append(("", f"epoch {epochs} → {rates} · at updates {updates}"))
+        rows += [("", line) for line in self._milestone_lines()]
         decay = config.blocks.optimizer.params.get("weight_decay", 0)
         rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
         rows += [
@@ -162,6 +157,10 @@ class Plan:
     def _lr_at(self, epoch: Fraction) -> float:
         return self.schedule.lr(self._update_at(epoch) * self.batch.train)
 
+    def _reached(self, epoch: Fraction) -> bool:
+        """Whether any update of the run begins at or after `epoch`."""
+        return self._update_at(epoch) < self.steps
+
     def _key_updates(self) -> list[tuple[int, float]]:
         """(update, LR) where the rate starts, reaches its peak, steps, and ends."""
         updates = {0, self.steps - 1, *(self._update_at(epoch) for epoch in self.schedule.milestones)}
@@ -176,11 +175,33 @@ class Plan:
         if not schedule.warms_up:
             why = "warmup none" if schedule.warmup == "none" else "nothing to warm up: the batch is not scaled up"
             return f"update 0 … {peak:g} · {why}"
-        last = self._update_at(schedule.warmup_epochs) - 1
+        last = min(self._update_at(schedule.warmup_epochs), self.steps) - 1
+        if not self._reached(schedule.warmup_epochs):
+            low, high = (self.schedule.lr(update * self.batch.train) for update in (0, last))
+            return (
+                f"update 0 … {last:,} {low:g} → {high:.6g} · {float(schedule.warmup_epochs):g} epochs, "
+                f"{schedule.warmup} · {peak:g} is {self._never_reached}"
+            )
         how = "in equal increments per update" if schedule.warmup == "gradual" else f"held, then {peak:g}"
         low = float(schedule.reference_lr)
         rates = f"{low:g} → {peak:g}" if schedule.warmup == "gradual" else f"{low:g}"
         return f"update 0 … {last:,} {rates} {how} · {float(schedule.warmup_epochs):g} epochs, {schedule.warmup}"
+
+    def _milestone_lines(self) -> list[str]:
+        reached = [epoch for epoch in self.schedule.milestones if self._reached(epoch)]
+        missed = [epoch for epoch in self.schedule.milestones if not self._reached(epoch)]
+        lines = []
+        if reached:
+            rates = " / ".join(f"{self._lr_at(epoch):.6g}" for epoch in reached)
+            updates = " / ".join(f"{self._update_at(epoch):,}" for epoch in reached)
+            lines.append(f"epoch {_epochs(reached)} → {rates} · at updates {updates}")
+        if missed:
+            lines.append(f"epoch {_epochs(missed)} {self._never_reached}")
+        return lines
+
+    @property
+    def _never_reached(self) -> str:
+        return f"never reached: the run ends at epoch {self.config.recipe.epochs:g}"
 
     def _precision_line(self) -> str:
         blocks = self.config.blocks
@@ -249,14 +270,13 @@ def resolve(
     )
 
 
+def _epochs(epochs: list[Fraction]) -> str:
+    return " / ".join(f"{float(epoch):g}" for epoch in epochs)
+
+
 def format_page(rows: list[tuple[str, str]]) -> str:
     """The page as plain text, for logs, records and pipes."""
     width = max(len(label) for label, _ in rows[1:]) + 2
     (name, headline), *rest = rows
     lines = [f"{name}   {headline}", ""]
     return "\n".join(lines + [f"{label:<{width}}{text}" for label, text in rest])
-
-
-def data_folder(config: Config) -> Path:
-    """The folder of shards that the recipe names."""
-    return Path(config.recipe.data)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.augment import VIEWS_NAME
 from pipeline.order import order_name
 from pipeline.plan import Plan
 from shards.errors import UserError
@@ -32,7 +33,9 @@ class Facts:
     order: str
     train_batch_size: int
     micro_batch: int
+    views: str
     model: str
+    optimizer: str
 
     @classmethod
     def of(cls, plan: Plan) -> Facts:
@@ -46,7 +49,9 @@ class Facts:
             order=order_name(plan.train_samples),
             train_batch_size=plan.batch.train,
             micro_batch=plan.batch.micro,
-            model=recipe.model.name,
+            views=VIEWS_NAME,
+            model=f"{recipe.model.name} {json.dumps(recipe.model.args, sort_keys=True)}",
+            optimizer=plan.config.blocks.optimizer.type,
         )
 
 
@@ -57,7 +62,9 @@ WHY = {
     "order": "the order of the samples is another one in this version",
     "train_batch_size": "train_batch_size decides which samples an update takes",
     "micro_batch": "train_micro_batch_size_per_gpu is BN's n",
-    "model": "recipe.model.name is another network",
+    "views": "the crops of a sample are drawn in another way in this version",
+    "model": "recipe.model names another network",
+    "optimizer": "optimizer.type is another one, and cannot use what was saved",
 }
 
 

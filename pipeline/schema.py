@@ -1,77 +1,33 @@
-"""What a configuration file may contain: the `recipe` section in full, and the DeepSpeed keys that decide training.
+"""What is ours in a configuration file: the `recipe` section, and the schedule's parameters.
 
-The file is a DeepSpeed config plus one section of ours, `recipe`. DeepSpeed ignores top-level keys it does not
-know, so a misspelt one would silently train something else; here every key is known or it is an error.
+The file is a DeepSpeed config plus one section of ours, `recipe`; DeepSpeed's part is in `deepspeed_schema`.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-DEEPSPEED_KEYS = frozenset(
-    """
-    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
-    communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt
-    disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
-    gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine
-    log_level managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
-    seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers torch_autocast
-    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
-    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
-    """.split()
-)
-"""Top-level keys of DeepSpeed 0.19 (deepspeed/runtime/config.py); none other has an effect."""
-
-REFUSED_KEYS = {
-    "bfloat16": 'DeepSpeed renamed it: write "bf16"',
-    "pipeline": "it is pipeline parallelism, which this data-parallel trainer does not use; "
-    'our own settings go into "recipe"',
-    "data_efficiency": "it samples and routes data itself, which would break exact epochs",
-    "hybrid_engine": "it is for language-model inference during training",
-    "tensor_parallel": "the trainer is data-parallel only",
-    "expert_parallel": "the trainer is data-parallel only",
-    "autotuning": "it tunes the micro-batch, which is BN's n and part of the recipe",
+REFUSED_MODEL_ARGS = {
+    "pretrained": "training starts from the recipe's initialisation, not from weights",
+    "checkpoint_path": "training starts from the recipe's initialisation, not from weights",
+    "in_chans": "images are decoded to RGB, three channels",
 }
+"""Arguments of timm.create_model that the rest of the trainer does not follow, and why."""
 
-OPTIMIZER_PARAMS = {
-    "SGD": "lr momentum dampening weight_decay nesterov maximize foreach differentiable fused",
-    "Adam": "lr betas eps weight_decay amsgrad torch_adam adam_w_mode foreach",
-    "AdamW": "lr betas eps weight_decay amsgrad torch_adam adam_w_mode foreach",
-}
-"""Parameters of the optimizers we know by heart; the parameters of others are checked when they are built."""
-
-OPTIMIZER_SWITCHES = frozenset("nesterov maximize differentiable amsgrad torch_adam adam_w_mode".split())
-OPTIMIZER_NUMBERS = frozenset("momentum dampening weight_decay eps".split())
-
-OTHER_OPTIMIZERS = frozenset(
-    """
-    ASGD Adadelta Adafactor Adagrad Adamax LBFGS Lamb Lion MuAdam MuAdamW MuSGD Muon NAdam RAdam RMSprop Rprop
-    """.split()
-)
-"""What DeepSpeed or torch has besides; whether their parameters fit is found when they are built."""
-
-STEP_COUNTING_SCHEDULES = frozenset({"WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"})
+CROP_OWN_KEYS = {"padding": "padded", "scale": "resized", "ratio": "resized"}
+"""Keys of `recipe.transform` that one way of cropping alone reads."""
 
 
 class Section(BaseModel):
     """A strictly typed section: unknown keys, and numbers written as strings, are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-# ---------------------------------------------------------------- DeepSpeed's own sections that we read
-
-
-class OptimizerBlock(Section):
-    """`optimizer`: DeepSpeed's block. `params.lr` is the rate at `recipe.reference_batch`."""
-
-    type: str
-    params: dict[str, Any]
 
 
 class ScheduleParams(Section):
@@ -91,67 +47,6 @@ class ScheduleParams(Section):
         return self
 
 
-class SchedulerBlock(Section):
-    """`scheduler`: DeepSpeed's block, with the one schedule that counts samples."""
-
-    type: Literal["GradualWarmupLR"]
-    params: ScheduleParams
-
-
-class Float16Block(Section):
-    """`fp16`: DeepSpeed's block, trained as autocast to float16 with a loss scaler (docs/precision.md)."""
-
-    enabled: bool = False
-    loss_scale: float = Field(0, ge=0, description="0 is dynamic")
-    initial_scale_power: int = Field(16, ge=0, le=32)
-    loss_scale_window: int = Field(1000, gt=0)
-    hysteresis: int = Field(2, ge=1)
-    consecutive_hysteresis: bool = False
-    min_loss_scale: float = Field(1, gt=0)
-    auto_cast: bool = False
-
-    @model_validator(mode="after")
-    def _honoured(self) -> Float16Block:
-        # torch's scaler has neither; at DeepSpeed's defaults they change nothing that matters
-        for key, default in (("hysteresis", 2), ("consecutive_hysteresis", False), ("min_loss_scale", 1)):
-            if getattr(self, key) != default:
-                raise ValueError(f"{key} has no counterpart in the loss scaler that is used: leave it out")
-        return self
-
-
-class BFloat16Block(Section):
-    """`bf16`: DeepSpeed's block, trained as autocast to bfloat16 (docs/precision.md)."""
-
-    enabled: bool = False
-
-
-class AutocastBlock(Section):
-    """`torch_autocast`: DeepSpeed's block, used as it is."""
-
-    enabled: bool = False
-    dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    lower_precision_safe_modules: list[str] | None = None
-
-
-class DeepSpeedBlocks(BaseModel):
-    """The DeepSpeed keys whose values this trainer depends on; the others go to DeepSpeed as they are."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
-
-    train_batch_size: int | None = Field(None, gt=0)
-    train_micro_batch_size_per_gpu: int | None = Field(None, gt=0)
-    gradient_accumulation_steps: int | None = Field(None, gt=0)
-    gradient_clipping: float = Field(ge=0)
-    optimizer: OptimizerBlock
-    scheduler: SchedulerBlock
-    fp16: Float16Block = Float16Block()
-    bf16: BFloat16Block = BFloat16Block()
-    torch_autocast: AutocastBlock = AutocastBlock()
-
-
-# ---------------------------------------------------------------- the recipe
-
-
 class Model(Section):
     """A timm model by name. Residual networks get the paper's initialisation (§5.1), others keep their own."""
 
@@ -159,14 +54,25 @@ class Model(Section):
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     zero_init_last: bool = Field(True, description="γ = 0 in each residual block's last BN (ResNets only)")
 
+    @field_validator("args")
+    @classmethod
+    def _trainable_here(cls, args: dict[str, Any]) -> dict[str, Any]:
+        for key, reason in REFUSED_MODEL_ARGS.items():
+            if key in args:
+                raise ValueError(f"{key} is not used here: {reason}")
+        classes = args.get("num_classes", 1)
+        if not isinstance(classes, int) or isinstance(classes, bool) or classes < 1:
+            raise ValueError(f"num_classes must be a number of classes, not {json.dumps(classes)}")
+        return args
+
 
 class Transform(Section):
     """How an image becomes `size` × `size` pixels, in training and in evaluation."""
 
     size: int = Field(224, gt=0)
     crop: Literal["resized", "padded", "none"] = "resized"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[float, float] = Field((0.08, 1.0), description="share of the image's area; crop = resized only")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="width / height; crop = resized only")
     padding: int = Field(4, ge=0, description="pixels on each side; crop = padded only")
     flip: bool = True
     evaluation_resize: int = Field(256, gt=0, description="short side before the centre crop of `size`")
@@ -191,6 +97,10 @@ class Transform(Section):
             raise ValueError(f"evaluation_resize {self.evaluation_resize} is smaller than size {self.size}")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
+        for key, crop in CROP_OWN_KEYS.items():
+            # at its default it says nothing: a resolved configuration has every default written out
+            if self.crop != crop and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f'{key} is for crop "{crop}" and has no effect with crop "{self.crop}": leave it out')
         return self
 
 

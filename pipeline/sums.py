@@ -12,7 +12,7 @@ class Window:
     Attributes:
         steps: updates.
         images: over all ranks.
-        seconds: in updates; evaluation and saving are not counted.
+        seconds: from report to report, the device's work included; evaluation and saving are not.
         waited: seconds of those that the training stood still for data, on this rank.
     """
 
@@ -22,11 +22,10 @@ class Window:
         self.seconds = 0.0
         self.waited = 0.0
 
-    def add(self, images: int, seconds: float, waited: float) -> None:
-        """Count one update."""
+    def add(self, images: int, waited: float) -> None:
+        """Count one update. Its time is added to `seconds` when the device has done it, at the next report."""
         self.steps += 1
         self.images += images
-        self.seconds += seconds
         self.waited += waited
 
     def rates(self) -> tuple[float, float]:
@@ -47,13 +46,16 @@ class StepSums:
         self.window = Window()
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def add(self, sums: torch.Tensor, images: int, seconds: float, waited: float) -> None:
+    def add(self, sums: torch.Tensor, images: int, waited: float) -> None:
         """Count one update: `sums` is (loss, correct, images) of this rank, `images` that of all ranks."""
         self._sums += sums
-        self.window.add(images, seconds, waited)
+        self.window.add(images, waited)
 
     def reduce(self) -> tuple[float, float]:
-        """(mean loss per image, top-1 accuracy in percent) over all ranks; every rank must call it."""
+        """(mean loss per image, top-1 accuracy in percent) over all ranks; waits for the device.
+
+        Every rank must call it.
+        """
         total = self._sums.clone()
         if dist.is_initialized():
             dist.all_reduce(total)

@@ -81,11 +81,15 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the only right to write into a data set folder, for as long as the block runs.
+def exclusive(folder: Path, writer: str = "shards process") -> Iterator[None]:
+    """Hold the only right to write into a folder, for as long as the block runs.
 
     The lock belongs to the process and ends with it, however it ends. The lock file itself stays: removing it
     would let two processes lock two different files of the same name.
+
+    Args:
+        folder: must exist.
+        writer: what holds the lock, for the message to another one.
 
     Raises:
         UserError: at once, if another process holds it or the folder cannot be written.
@@ -95,7 +99,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"{folder}: another shards process is writing here",
+            f"{folder}: another {writer} is writing here",
             "Wait for it to end, or choose another folder.",
         ) from None
     except OSError as error:

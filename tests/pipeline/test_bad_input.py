@@ -17,7 +17,7 @@ from tests.conftest import write_images
 
 @pytest.fixture(autouse=True)
 def no_launch(monkeypatch):
-    def refuse(command: list[str], *, local: bool) -> int:
+    def refuse(command: list[str], environment: dict[str, str], *, stops_its_ranks: bool) -> int:
         raise AssertionError(f"launched {command}")
 
     monkeypatch.setattr(launch, "_launch", refuse)
@@ -54,6 +54,38 @@ def test_a_hostfile_that_is_not_there(capsys, write_config, tmp_path):
 def test_contradicting_rank_options(capsys, write_config, tmp_path, options):
     (tmp_path / "hosts").write_text("a slots=2\n")
     refusal(capsys, "train", write_config(), *(option.replace("HOSTS", str(tmp_path / "hosts")) for option in options))
+
+
+def test_a_forgotten_set(capsys, write_config):
+    message = refusal(capsys, "train", write_config(), "optimizer.params.lr=0.4")
+    assert "Did you mean --set optimizer.params.lr=0.4?" in message
+
+
+@pytest.mark.parametrize("options", [["--num_gpus", "1"], ["--num_accel=1"], ["-H", "hosts"], ["--num_nodes=2"]])
+def test_the_launchers_options_for_ranks(capsys, write_config, options):
+    message = refusal(capsys, "train", write_config(), *options)
+    assert "Use onehour's own --" in message
+
+
+def test_gpus_by_name(capsys, write_config, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234")
+    assert "CUDA_VISIBLE_DEVICES=GPU-1234" in refusal(capsys, "train", write_config())
+
+
+def test_a_launch_on_hosts_that_cannot_begin_sets_nothing_aside(capsys, saved, monkeypatch, tmp_path):
+    """The launcher would fail on the comment, after `--fresh` had renamed the earlier run."""
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("a slots=2\nb slots=2\n")
+    Path(".deepspeed_env").write_text("NCCL_DEBUG=INFO\n# for us\n")
+    assert ".deepspeed_env:2: '# for us'" in refusal(capsys, "train", saved, "--hostfile", "hosts", "--fresh")
+    Path(".deepspeed_env").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "apt install pdsh" in refusal(capsys, "train", saved, "--hostfile", "hosts", "--fresh")
+    assert "apt install pdsh" in refusal(capsys, "train", saved, "--ranks", "2", "--force_multi", "--fresh")
+    spaced = saved.rename(saved.with_name("two words.json"))
+    assert f"{spaced}: pdsh hands" in refusal(capsys, "train", spaced, "--hostfile", "hosts", "--run", "runs/saved")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["saved"]
 
 
 def test_ranks_that_do_not_divide_the_logical_workers(capsys, write_config):
@@ -176,7 +208,7 @@ def test_a_checkpoint_of_another_data_set(capsys, saved, tmp_path):
 
 
 def test_fresh_keeps_the_earlier_run_beside_the_new_one(capsys, saved, monkeypatch):
-    monkeypatch.setattr(launch, "_launch", lambda command, local: 3)  # the launcher fails: its code is passed on
+    monkeypatch.setattr(launch, "_launch", lambda *_, **__: 3)  # the launcher fails: its code is passed on
     assert cli.main(["train", str(saved), "--set", "recipe.seed=1", "--ranks", "1", "--fresh"]) == 3
     captured = capsys.readouterr()
     assert "the earlier run is kept as" in captured.out and "did not finish" in captured.err
@@ -185,6 +217,6 @@ def test_fresh_keeps_the_earlier_run_beside_the_new_one(capsys, saved, monkeypat
 
 
 def test_a_launcher_that_ends_with_0_without_a_finished_run_is_a_failure(capsys, write_config, monkeypatch):
-    monkeypatch.setattr(launch, "_launch", lambda command, local: 0)
+    monkeypatch.setattr(launch, "_launch", lambda *_, **__: 0)
     assert cli.main(["train", str(write_config()), "--ranks", "1"]) == 1
     assert "did not finish" in capsys.readouterr().err

@@ -7,11 +7,11 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from pipeline import batch, config, schema
+from pipeline import batch, config, deepspeed_keys, deepspeed_schema, schema
 from shards.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -107,7 +107,7 @@ def test_resolved_configuration_loads_again_to_the_same(path, tmp_path):
 
 def test_resolved_configuration_keeps_overrides_that_differ_from_defaults(tmp_path):
     settings = ["recipe.transform.scale=[0.25,1]", "recipe.checkpoint.every_epochs=0.5", "recipe.loader.threads=3"]
-    first = config.load(CONFIGS / "demo.json", settings)
+    first = config.load(CONFIGS / "imagenet_256.json", settings)
     again = config.load(write(tmp_path, first.resolved()))
     assert again.recipe.transform.scale == (0.25, 1)
     assert again.recipe.checkpoint.every_epochs == 0.5
@@ -218,6 +218,14 @@ def test_duplicate_key_at_any_depth(tmp_path, old, new, key):
         ({"fp16.enable": True}, ['fp16: unknown key "enable"; did you mean "enabled"?']),
         ({"bf16.enable": True}, ['bf16: unknown key "enable"; did you mean "enabled"?']),
         ({"torch_autocast.type": "bf16"}, ['torch_autocast: unknown key "type"; did you mean "dtype"?']),
+        ({"tensorboard.enable": True}, ['tensorboard: unknown key "enable"; did you mean "enabled"?']),
+        ({"wandb.projects": "x"}, ['wandb: unknown key "projects"; did you mean "project"?']),
+        ({"csv_monitor.output": "x"}, ['csv_monitor: unknown key "output"', '"output_path"?']),
+        ({"comet.api_keys": "x"}, ['comet: unknown key "api_keys"; did you mean "api_key"?']),
+        ({"comms_logger.prof": True}, ['comms_logger: unknown key "prof"']),
+        ({"flops_profiler.step": 1}, ['flops_profiler: unknown key "step"']),
+        ({"timers.troughput": {}}, ['timers: unknown key "troughput"; did you mean "throughput"?']),
+        ({"timers.throughput.enable": True}, ['timers.throughput: unknown key "enable"; did you mean "enabled"?']),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -315,6 +323,45 @@ def test_missing_key_is_named(tmp_path, path, expected):
         ("fp16", True, "true"),
         ("fp16.initial_scale_power", 40, "40"),
         ("torch_autocast.dtype", "fp16", '"fp16"'),
+        ("optimizer.params.momentum", -0.9, "-0.9"),
+        ("optimizer.params.weight_decay", -1e-4, "-0.0001"),
+        ("optimizer.params.dampening", -1, "-1"),
+        ("optimizer.params.fused", "true", '"true"'),
+        ("optimizer.params.fused", 1, "1"),
+        ("optimizer.params.foreach", 0, "0"),
+        ("tensorboard", True, "true"),
+        ("tensorboard.enabled", "yes", '"yes"'),
+        ("tensorboard.output_path", 5, "5"),
+        ("tensorboard.job_name", None, "null"),
+        ("wandb.enabled", 1, "1"),
+        ("wandb.team", 3, "3"),
+        ("csv_monitor.output_path", ["x"], '["x"]'),
+        ("comet.samples_log_interval", 0, "0"),
+        ("comet.mode", "new", '"new"'),
+        ("comms_logger.prof_ops", "all_reduce", '"all_reduce"'),
+        ("flops_profiler.profile_step", 1.5, "1.5"),
+        ("flops_profiler.enabled", None, "null"),
+        ("flops_profiler.module_depth", "all", '"all"'),
+        ("timers", 5, "5"),
+        ("timers", None, "null"),
+        ("timers.throughput", 3, "3"),
+        ("timers.throughput.enabled", "no", '"no"'),
+        ("wall_clock_breakdown", "true", '"true"'),
+        ("memory_breakdown", 1, "1"),
+        ("dump_state", {}, ""),
+        ("prescale_gradients", "no", '"no"'),
+        ("gradient_predivide_factor", "2", '"2"'),
+        ("gradient_predivide_factor", 0, "0"),
+        ("steps_per_print", "10", '"10"'),
+        ("steps_per_print", -1, "-1"),
+        ("steps_per_print", False, "false"),
+        ("log_level", "warn", '"warn"'),
+        ("log_level", 10, "10"),
+        ("communication_data_type", "float16", '"float16"'),
+        ("disable_python_gc", 0, "0"),
+        ("zero_optimization", None, "null"),
+        ("recipe.model.args", {"num_classes": "x"}, '"x"'),
+        ("recipe.model.args", {"num_classes": True}, "true"),
     ],
 )
 def test_wrong_type_or_range_names_the_path_and_the_value(tmp_path, path, value, given):
@@ -348,7 +395,7 @@ def test_wrong_type_or_range_names_the_path_and_the_value(tmp_path, path, value,
         ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op 'sum'", 'write "mean"']),
         ({"steps_per_print": 0}, ["steps_per_print 0", "divide by zero", "Leave it out."]),
         ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation must stay true"]),
-        ({"data_types": {"param_dtype": "bf16"}}, ["data_types", "Leave it out"]),
+        ({"data_types": {"param_dtype": "bf16"}}, ['"data_types" is not used here', "in half precision"]),
         ({"optimizer.params.lr": 0}, ["optimizer.params.lr must be a positive number, not 0", "reference_batch"]),
         ({"optimizer.params.lr": -0.1}, ["optimizer.params.lr must be a positive number, not -0.1"]),
         ({"optimizer.params.lr": "0.1"}, ['optimizer.params.lr must be a positive number, not "0.1"']),
@@ -358,6 +405,32 @@ def test_wrong_type_or_range_names_the_path_and_the_value(tmp_path, path, value,
         ({"data_efficiency": {}}, ['"data_efficiency" is not used here', "exact epochs"]),
         ({"tensor_parallel": {}}, ['"tensor_parallel" is not used here', "data-parallel"]),
         ({"autotuning": {"enabled": True}}, ['"autotuning" is not used here', "BN's n"]),
+        ({"zero_optimization": {"overlap_comm": True}}, ["zero_optimization.overlap_comm", "stage 0", "Leave it out"]),
+        ({"torch_autocast.lower_precision_safe_modules": []}, ["torch_autocast.lower_precision_safe_modules"]),
+        ({"optimizer.params.momentum": 0}, ["nesterov needs a positive momentum"]),
+        ({"optimizer.params.momentum": ABSENT}, ["nesterov needs a positive momentum"]),
+        ({"optimizer.params.dampening": 0.1}, ["nesterov needs", "no dampening"]),
+        ({"optimizer.params.differentiable": True}, ["optimizer.params.differentiable", "Leave it out"]),
+        ({"optimizer.params": {"lr": 1, "fused": True, "foreach": True}}, ["fused and foreach", "one of them"]),
+        ({"optimizer": {"type": "LBFGS", "params": {"lr": 1}}}, ["LBFGS cannot be used", "several times per update"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1, "betas": [0.9, 1.0]}}}, ["betas must be two numbers"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1, "betas": 0.9}}}, ["betas must be two numbers", "0.9"]),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1, "torch_adam": False, "amsgrad": True}}},
+            ["optimizer.params.amsgrad", "DeepSpeed's own AdamW does not take it"],
+        ),
+        ({"recipe.model.args": {"pretrained": True}}, ["recipe.model.args: pretrained", "not from weights"]),
+        ({"recipe.model.args": {"checkpoint_path": "w"}}, ["recipe.model.args: checkpoint_path", "not from weights"]),
+        ({"recipe.model.args": {"in_chans": 1}}, ["recipe.model.args: in_chans", "RGB"]),
+        ({"recipe.transform.padding": 5}, ["recipe.transform: padding", 'crop "padded"', 'crop "resized"', "leave"]),
+        (
+            {"recipe.transform.crop": "padded", "recipe.transform.scale": [0.5, 1]},
+            ['recipe.transform: scale is for crop "resized"'],
+        ),
+        (
+            {"recipe.transform.crop": "none", "recipe.transform.ratio": [1, 1]},
+            ['recipe.transform: ratio is for crop "resized"'],
+        ),
         ({"elasticity": {"enabled": False}}, ['unknown top-level key "elasticity"']),
         ({"amp": {"enabled": True}}, ['unknown top-level key "amp"']),
     ],
@@ -381,6 +454,35 @@ def test_harmless_settings_of_the_refused_kind_load(tmp_path):
     loaded = config.load(write(tmp_path, changed(harmless)))
     assert loaded.raw["tensorboard"] == {"enabled": True, "output_path": "tb"}
     assert loaded.blocks.gradient_clipping == 1
+
+
+@pytest.mark.parametrize(
+    "key",
+    """activation_checkpointing aio checkpoint compile dataloader_drop_last data_types datastates_ckpt disable_allgather
+    hybrid_engine seq_parallel_communication_data_type use_data_before_expert_parallelism weight_quantization
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer""".split(),
+)
+def test_key_of_deepspeed_without_effect_here_is_refused_with_the_reason(tmp_path, key):
+    assert_refused(tmp_path, {key: {}}, f'the key "{key}" is not used here', deepspeed_keys.REFUSED_KEYS[key])
+
+
+def test_values_that_deepspeed_and_torch_take_load(tmp_path):
+    changes = {
+        "optimizer.params": {"lr": 0.1, "momentum": 0, "foreach": None, "fused": False, "dampening": 0.1},
+        "fp16.auto_cast": True,
+        "log_level": "info",
+        "communication_data_type": "fp16",
+        "gradient_predivide_factor": 2,
+        "prescale_gradients": True,
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": True, "synchronized": False}},
+        "wandb": {"enabled": True, "team": None},
+        "comms_logger": {"prof_ops": ["all_reduce"]},
+        "recipe.transform": {"padding": 4, "crop": "none", "ratio": [3 / 4, 4 / 3]},  # at their defaults
+    }
+    loaded = config.load(write(tmp_path, changed(changes)))
+    assert loaded.blocks.wandb.enabled and loaded.blocks.timers.throughput.enabled
+    assert config.load(write(tmp_path, loaded.resolved())).resolved() == loaded.resolved()
 
 
 @pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
@@ -570,14 +672,14 @@ def keys_deepspeed_reads() -> tuple[set[str], set[str]]:
 def test_every_top_level_key_that_deepspeed_reads_is_known(keys_deepspeed_reads):
     asked, removed = keys_deepspeed_reads
     assert len(asked) > 50, "the recording works"
-    assert asked - removed - READ_WITHOUT_EFFECT - schema.DEEPSPEED_KEYS == set()
+    assert asked - removed - READ_WITHOUT_EFFECT - deepspeed_keys.DEEPSPEED_KEYS == set()
 
 
 def test_every_known_key_is_read_by_deepspeed(keys_deepspeed_reads):
     asked, removed = keys_deepspeed_reads
-    assert schema.DEEPSPEED_KEYS - asked == set(), "these would be accepted and have no effect"
-    assert schema.DEEPSPEED_KEYS & removed == set()
-    assert set(schema.REFUSED_KEYS) <= schema.DEEPSPEED_KEYS
+    assert deepspeed_keys.DEEPSPEED_KEYS - asked == set(), "these would be accepted and have no effect"
+    assert deepspeed_keys.DEEPSPEED_KEYS & removed == set()
+    assert set(deepspeed_keys.REFUSED_KEYS) <= deepspeed_keys.DEEPSPEED_KEYS
 
 
 def test_recipe_is_no_key_of_deepspeed(keys_deepspeed_reads):
@@ -606,15 +708,63 @@ def test_fp16_defaults_are_deepspeeds():
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 
     theirs = DeepSpeedFP16Config()
-    for name, value in schema.Float16Block().model_dump().items():
+    for name, value in deepspeed_schema.Float16Block().model_dump().items():
         assert getattr(theirs, name) == value, name
-    assert set(schema.BFloat16Block.model_fields) <= set(DeepSpeedBF16Config.model_fields)
+    assert set(deepspeed_schema.BFloat16Block.model_fields) <= set(DeepSpeedBF16Config.model_fields)
+
+
+def deepspeeds_sections() -> dict[str, Any]:
+    """Defaults of DeepSpeed's own classes, by the name of ours."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    return {
+        "TensorBoardBlock": TensorBoardConfig().model_dump(),
+        "WandbBlock": WandbConfig().model_dump(),
+        "CsvMonitorBlock": CSVConfig().model_dump(),
+        "CometBlock": CometConfig().model_dump(),
+        "CommsLoggerBlock": CommsLoggerConfig().model_dump(),
+        "FlopsProfilerBlock": vars(DeepSpeedFlopsProfilerConfig({})),
+        "ThroughputTimerBlock": DeepSpeedThroughputTimerConfig().model_dump(),
+    }
+
+
+def test_sections_that_are_passed_on_have_deepspeeds_fields_and_defaults():
+    for name, theirs in deepspeeds_sections().items():
+        assert getattr(deepspeed_schema, name)().model_dump() == theirs, name
+
+
+def test_defaults_of_single_keys_are_deepspeeds():
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    values = {"train_batch_size": 8, "gradient_clipping": 0.0}
+    theirs = DeepSpeedConfig(dict(values))
+    ours = deepspeed_schema.DeepSpeedBlocks.model_fields
+    names = (
+        "communication_data_type disable_python_gc dump_state gradient_allreduce_op gradient_predivide_factor "
+        "log_level managed_gradient_accumulation memory_breakdown prescale_gradients steps_per_print "
+        "wall_clock_breakdown"
+    )
+    for name in names.split():
+        assert ours[name].default == getattr(theirs, name), name
+
+
+def test_names_of_log_levels_and_types_are_deepspeeds():
+    from deepspeed.runtime.config import get_communication_data_type
+    from deepspeed.utils.logging import log_levels
+
+    fields = deepspeed_schema.DeepSpeedBlocks.model_fields
+    assert set(get_args(get_args(fields["log_level"].annotation)[0])) == set(log_levels)
+    types = get_args(get_args(fields["communication_data_type"].annotation)[0])
+    assert len({get_communication_data_type({"communication_data_type": name}) for name in types}) == len(types)
 
 
 def test_parameters_of_sgd_are_torchs():
     import torch
 
-    known = schema.OPTIMIZER_PARAMS["SGD"].split()
+    known = deepspeed_keys.OPTIMIZER_PARAMS["SGD"].split()
     assert set(known) == set(inspect.signature(torch.optim.SGD).parameters) - {"params"}
 
 
@@ -624,7 +774,7 @@ def test_parameters_of_adam_are_torchs_or_deepspeeds(name):
     from deepspeed.ops.adam import FusedAdam
     from deepspeed.runtime.config import ADAM_W_MODE, TORCH_ADAM_PARAM
 
-    known = set(schema.OPTIMIZER_PARAMS[name].split())
+    known = set(deepspeed_keys.OPTIMIZER_PARAMS[name].split())
     of_torch = set(inspect.signature(getattr(torch.optim, name)).parameters)
     of_fused = set(inspect.signature(FusedAdam).parameters)
     assert known - of_torch - {ADAM_W_MODE, TORCH_ADAM_PARAM} == set()

@@ -56,13 +56,22 @@ def micro_batch(update: int, worker: int) -> MicroBatch:
 
 
 def train_rank(
-    world: World, path: Path, batch_norm: bool, changes: dict[str, Any], updates: int = UPDATES
+    world: World,
+    path: Path,
+    batch_norm: bool,
+    changes: dict[str, Any],
+    updates: int = UPDATES,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     """Some updates on this rank's share of the logical workers."""
     folder = path / f"{world.size}-{world.rank}"
     folder.mkdir(parents=True)
     resolved = make_plan(folder / "c.json", world.size, **changes)
-    engine = Engine(network(batch_norm=batch_norm), resolved, world)
+    model = network(batch_norm=batch_norm)
+    if dropout:
+        model.insert(len(model) - 1, nn.Dropout(dropout))
+    torch.manual_seed(world.rank)  # what the generators held before must not matter
+    engine = Engine(model, resolved, world)
     accumulation = resolved.batch.accumulation
     lrs, losses = [], []
     for update in range(updates):
@@ -134,6 +143,23 @@ def test_running_statistics_do_not_depend_on_the_ranks(tmp_path):
     for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
         for world_size in (2, 4):
             assert torch.allclose(by_world[1][name], by_world[world_size][name], rtol=1e-4, atol=1e-5), name
+
+
+def test_dropout_masks_do_not_depend_on_the_ranks_and_differ_between_workers(tmp_path):
+    by_world = {w: fork_ranks(train_rank, w, tmp_path, False, {}, UPDATES, 0.5) for w in (1, 2, 4)}
+    for world_size in (2, 4):
+        for name, tensor in by_world[1][0]["state"].items():
+            assert torch.allclose(by_world[world_size][0]["state"][name], tensor, rtol=1e-4, atol=1e-6), name
+    losses = [[answer["losses"][0] for answer in by_world[4]], [by_world[1][0]["losses"][0]]]
+    assert sum(losses[0]) == pytest.approx(sum(losses[1]), rel=1e-5)
+    assert len(set(losses[0])) == 4
+    from pipeline.stochastic import seed_worker
+
+    draws = set()
+    for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        seed_worker(*key)
+        draws.add(torch.rand(()).item())
+    assert len(draws) == 4
 
 
 def first_update(world: World, path: Path, changes: dict[str, Any]) -> dict[str, Any]:

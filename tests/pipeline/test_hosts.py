@@ -209,19 +209,166 @@ def test_whatever_filter_is_accepted_chooses_what_the_launcher_chooses(runner, t
 # ---------------------------------------------------------------- this machine
 
 
-@pytest.mark.parametrize(
-    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1,2", 3), ("GPU-1234,GPU-5678", 2), (" 0 , 1 ", 2)]
-)
-def test_visible_devices_are_counted(monkeypatch, visible, count):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert hosts.local_accelerators() == count
-
-
-def test_nvidia_smi_counts_the_gpus_and_its_absence_means_none(monkeypatch, tmp_path):
+@pytest.fixture
+def no_variables(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert hosts.local_accelerators() == 0
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\necho "GPU 0: H100 (UUID: x)"\necho "  MIG 1g.10gb"\necho "GPU 1: H100 (UUID: y)"\n')
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"), [("", []), ("-1", []), ("0", [0]), ("0,1,2", [0, 1, 2]), (" 5 , 4 ", [5, 4])]
+)
+def test_visible_devices_are_read(monkeypatch, no_variables, visible, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hosts.local_gpus() == gpus
+
+
+@pytest.mark.parametrize("visible", ["GPU-1234,GPU-5678", "MIG-1", "0,GPU-1", "0,-1", "0,", "0;1", "1,1"])
+def test_visible_devices_that_the_launcher_cannot_take_are_refused(monkeypatch, no_variables, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError) as caught:
+        hosts.local_gpus()
+    assert str(caught.value).startswith(f"CUDA_VISIBLE_DEVICES={visible}: ")
+    assert "1,1" in visible or "nvidia-smi -L" in str(caught.value)
+
+
+def nvidia_smi(folder: Path, script: str) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
-    assert hosts.local_accelerators() == 2
+
+
+def test_nvidia_smi_counts_the_gpus_and_its_absence_means_none(monkeypatch, no_variables, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hosts.local_gpus() == []
+    nvidia_smi(tmp_path, 'echo "GPU 0: H100 (UUID: x)"\necho "  MIG 1g.10gb"\necho "GPU 1: H100 (UUID: y)"')
+    assert hosts.local_gpus() == [0, 1]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert hosts.local_gpus() == []
+
+
+def test_nvidia_smi_that_hangs_is_said(monkeypatch, no_variables, tmp_path, capsys):
+    nvidia_smi(tmp_path, "exec sleep 20")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(hosts, "GPU_LISTING_SECONDS", 0.2)
+    assert hosts.local_gpus() == []
+    message = capsys.readouterr().err
+    assert "no GPU is counted" in message and "timed out" in message and "CUDA_VISIBLE_DEVICES=0,1" in message
+
+
+# ---------------------------------------------------------------- the launcher's options
+
+
+def test_the_launchers_options_are_known(monkeypatch, runner):
+    """All of the installed DeepSpeed's, but those that `onehour train` gives or that train nothing."""
+    parsers = []
+    monkeypatch.setattr(runner.argparse.ArgumentParser, "parse_args", lambda parser, args: parsers.append(parser))
+    runner.parse_args([])
+    by_name = {name: action for action in parsers[0]._actions for name in action.option_strings}
+    not_ours_to_pass = {"-h", "--help", "--module", "--no_python", "--autotuning"}
+    assert by_name.keys() - not_ours_to_pass == hosts.LAUNCHER_OPTIONS | hosts.LAUNCHER_FLAGS | hosts.OURS.keys()
+    for name in hosts.LAUNCHER_FLAGS | hosts.LAUNCHER_OPTIONS:
+        assert (by_name[name].nargs == 0) == (name in hosts.LAUNCHER_FLAGS), name
+    assert set(hosts.LAUNCHERS) == runner.LAUNCHER_CLASSES.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ([], {}),
+        (["--master_port", "29501"], {"--master_port": "29501"}),
+        (["--master_port=29501", "-q"], {"--master_port": "29501", "-q": ""}),
+        (["--launcher", "slurm", "--launcher_args", "--qos a"], {"--launcher": "slurm", "--launcher_args": "--qos a"}),
+        (["--launcher_args=-p a=b", "--bind_cores_to_rank"], {"--launcher_args": "-p a=b", "--bind_cores_to_rank": ""}),
+        (["--log_lev", "info"], {"--log_level": "info"}),
+        (["--venv_script", "a=b"], {"--venv_script": "a=b"}),
+    ],
+)
+def test_launchers_options_are_read(options, given):
+    assert hosts.read_launcher_options(options) == given
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["lr=0.4"], "lr=0.4: .*Did you mean --set lr=0.4?"),
+        (["--bind_cores_to_rank", "lr=0.4"], "Did you mean --set lr=0.4?"),
+        (["--master_port", "1", "fast"], "fast: .*for the script to run"),
+        (["--num_gpus", "2"], "--num_gpus: .*Use onehour's own --ranks"),
+        (["--num_accelerators=2"], "--num_accelerators=2: .*--ranks"),
+        (["--num_acc=2"], "--num_acc=2: .*--ranks"),
+        (["--num_nodes", "2"], "own --include host-a@host-b"),
+        (["--num_n=2"], "--include"),
+        (["-H", "hosts"], "-H: .*--hostfile"),
+        (["-Hhosts"], "-Hhosts: .*--hostfile"),
+        (["--hostfile=hosts"], "--hostfile"),
+        (["-i", "a"], "--include"),
+        (["-e=a"], "--exclude"),
+        (["-qH", "hosts"], "-qH: neither"),
+        (["--num", "2"], "--num: neither"),
+        (["--epochs", "5"], "--epochs: neither.*--set"),
+        (["--module"], "neither"),
+        (["--"], "neither"),
+    ],
+)
+def test_options_that_would_change_the_plan_are_refused(options, expected):
+    with pytest.raises(UserError, match="(?s)" + expected.replace("?", r"\?")):
+        hosts.read_launcher_options(options)
+
+
+# ---------------------------------------------------------------- other hosts
+
+
+@pytest.fixture
+def remote(monkeypatch, tmp_path) -> Path:
+    """A working directory from where a launch with pdsh is possible, and a home."""
+    for name in ("bin", "home", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin" / "pdsh").write_text("")
+    (tmp_path / "bin" / "pdsh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    monkeypatch.chdir(tmp_path / "work")
+    hosts.check_remote("pdsh", Path("ds_configs/demo.json"))
+    return tmp_path
+
+
+def remote_refusal(launcher: str = "pdsh", config: str = "x.json") -> str:
+    with pytest.raises(UserError) as caught:
+        hosts.check_remote(launcher, Path(config))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["", "  ", "# A=1", "A", "export A=1", "=1"])
+@pytest.mark.parametrize("where", ["work/.deepspeed_env", "home/.deepspeed_env", "work/my.env", "elsewhere.env"])
+def test_environment_file_that_the_launcher_fails_on(remote, monkeypatch, line, where):
+    if "elsewhere" in where:
+        monkeypatch.setenv("DS_ENV_FILE", str(remote / where))
+    elif "my.env" in where:
+        monkeypatch.setenv("DS_ENV_FILE", "my.env")
+    (remote / where).write_text(f"A=1\nB = x=y \n{line}\nC=\n")
+    message = remote_refusal("slurm")
+    assert f"{Path(where).name}:3: {line!r} is not of the form NAME=VALUE" in message
+    (remote / where).write_text("A=1\nB = x=y \nC=\n")
+    hosts.check_remote("pdsh", Path("x.json"))
+
+
+def test_pdsh_is_needed_only_where_it_is_the_launcher(remote):
+    (remote / "bin" / "pdsh").unlink()
+    assert "apt install pdsh" in remote_refusal() and "openmpi" in remote_refusal()
+    hosts.check_remote("openmpi", Path("x.json"))
+
+
+def test_launcher_that_does_not_exist(remote):
+    assert remote_refusal("ssh").startswith("--launcher ssh: the launcher has pdsh, openmpi")
+
+
+@pytest.mark.parametrize("name", ["two words", "$HOME", "a;b", "%h", "it's", "(1)"])
+def test_paths_that_a_remote_shell_takes_apart(remote, monkeypatch, name):
+    assert remote_refusal(config=f"{name}.json").startswith(f"{name}.json: ")
+    hosts.check_remote("slurm", Path(f"{name}.json"))
+    (remote / name).mkdir()
+    monkeypatch.chdir(remote / name)
+    assert "working directory" in remote_refusal()

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CORE = "schema config batch schedule order plan hosts augment resume samples metrics".split()
+CORE = """
+    schema deepspeed_schema deepspeed_keys config batch schedule order augment plan experiment hosts resume samples
+    metrics record
+""".split()
 TRAINING = ("torch", "torchvision", "deepspeed", "timm", "webdataset")
 NOT_FOR_SHARDS = ("torch", "deepspeed", "webdataset", "pipeline")
 

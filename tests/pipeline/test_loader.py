@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,3 +196,50 @@ def test_the_padded_view_shifts_the_image_over_black():
 def test_what_is_no_image_is_a_decode_error(data):
     with pytest.raises(DecodeError, match="cannot be decoded"):
         PillowDecoder(TRANSFORM, 0).evaluate(data, np.zeros((24, 24, 3), dtype=np.uint8))
+
+
+WARNINGS = """
+import io, sys, threading, warnings
+import numpy as np
+from PIL import Image, TiffImagePlugin
+from pipeline.decode import PillowDecoder
+from pipeline.schema import Transform
+
+def decode(data):
+    PillowDecoder(Transform(size=24, evaluation_resize=24), 0).evaluate(data, np.zeros((24, 24, 3), dtype=np.uint8))
+
+filters = list(warnings.filters)
+content = io.BytesIO()
+# one tag whose text would lie beyond the end
+exif = b"Exif\\0\\0II*\\0\\x08\\0\\0\\0" + b"\\x01\\0" + b"\\x0f\\x01\\x02\\0\\xff\\0\\0\\0\\xf0\\0\\0\\0" + bytes(4)
+Image.new("RGB", (30, 30)).save(content, "JPEG", exif=exif)
+threads = [threading.Thread(target=lambda: [decode(content.getvalue()) for _ in range(50)]) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert warnings.filters == filters, "the threads left the process's filters as they were"
+print("after EXIF", file=sys.stderr)
+Image.MAX_IMAGE_PIXELS = 600
+decode(content.getvalue())
+warnings.resetwarnings()
+Image.open(io.BytesIO(content.getvalue()))
+"""
+
+
+def test_damaged_metadata_is_silent_in_every_thread_and_a_decompression_bomb_is_not():
+    # in a process of its own, because pytest replaces the filters
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", WARNINGS],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before, _, after = done.stderr.partition("after EXIF")
+    assert before == ""
+    _, bomb, control = after.partition("DecompressionBombWarning: Image size (900 pixels)")
+    assert bomb
+    assert "EXIF" in control or "Truncated" in control or "Tag" in control, "without the filter there is a warning"

@@ -8,6 +8,8 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from timm.layers.grn import GlobalResponseNorm
+from timm.models.nfnet import NormFreeBlock
 from torch import nn
 
 from pipeline import model, schema
@@ -71,7 +73,7 @@ def test_any_other_timm_model_keeps_its_own_initialisation_and_spares_its_norms(
     own = timm.create_model(name, num_classes=7)
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), own.parameters(), strict=True))
     spared = {id(p) for p in model.parameter_groups(built)[1]["params"]}
-    norms = [m for m in built.modules() if "norm" in type(m).__name__.lower()]
+    norms = [m for m in built.modules() if "Norm" in type(m).__name__]
     assert norms and spared == {id(p) for m in norms for p in m.parameters(recurse=False)}
     groups = model.parameter_groups(built)
     assert sum(len(group["params"]) for group in groups) == len(list(built.parameters()))
@@ -85,6 +87,80 @@ def test_unknown_models_and_arguments_are_user_errors():
     assert "no_such" in str(error.value)
     with pytest.raises(UserError, match="less than the data's 10 classes"):
         model.create(schema.Model(name="resnet18", args={"num_classes": 9}), 10, seed=0)
+
+
+def test_what_timm_raises_for_an_argument_is_a_user_error():
+    with pytest.raises(UserError, match=r"recipe\.model\.args: resnet18 cannot be built") as error:
+        model.create(schema.Model(name="resnet18", args={"act_layer": "no_such"}), 10, seed=0)
+    assert "no_such" in str(error.value)
+
+
+def test_parameters_beside_normalisation_decay_whatever_their_type_is_called():
+    block = NormFreeBlock(16, skipinit=True, act_layer=nn.ReLU)
+    decayed, spared = model.parameter_groups(block)
+    assert any(parameter is block.skipinit_gain for parameter in decayed["params"]) and not spared["params"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    "BatchNormAct2d EvoNorm2dS0 FilterResponseNormTlu2d GlobalResponseNorm GroupNorm1 LayerNorm2d RmsNorm RmsNormAct2d "
+    "SimpleNorm SplitBatchNorm2d".split(),
+)
+def test_every_normalisation_of_timm_is_spared(layer):
+    built = getattr(timm.layers, layer, GlobalResponseNorm)(4)
+    assert not model.parameter_groups(built)[0]["params"]
+
+
+@pytest.mark.parametrize("layer", [nn.InstanceNorm2d(4, affine=True), nn.RMSNorm(4), nn.GroupNorm(2, 4)])
+def test_every_normalisation_of_torch_is_spared(layer):
+    decayed, spared = model.parameter_groups(layer)
+    assert not decayed["params"] and spared["params"]
+
+
+def test_a_model_that_does_not_take_the_size_is_a_user_error():
+    vit = schema.Model(name="vit_tiny_patch16_224")
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 does not take images of 96 × 96") as error:
+        model.create(vit, 7, seed=0, size=96)
+    assert "recipe.transform.size" in str(error.value) and "recipe.model.args.img_size=96" in str(error.value)
+    model.create(schema.Model(name="vit_tiny_patch16_224", args={"img_size": 96}), 7, seed=0, size=96)
+    model.create(vit, 7, seed=0, size=224)
+
+
+def test_a_model_that_is_no_classifier_is_a_user_error():
+    small = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+    with pytest.raises(UserError, match="with a list, not with 10 scores"):
+        model.create(schema.Model(name="resnet18", args={**small, "features_only": True}), 10, seed=0, size=32)
+    model.create(schema.Model(name="resnet18", args=small), 10, seed=0, size=32)
+
+
+class ReadsValues(nn.Module):
+    """Decides by a value, which the meta device does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images.mean((2, 3)) * (2 if images.sum().item() > 0 else 1))
+
+
+def test_a_model_that_does_not_run_on_the_meta_device_is_checked_with_values_and_not_estimated(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda name, **arguments: ReadsValues())
+    before = torch.get_rng_state()
+    network = model.create(schema.Model(name="resnet18"), 10, seed=0, size=32)
+    torch.set_rng_state(before)
+    rows = dict(model.describe(network, weight_decay=1e-4, micro=4, size=32, precision="fp32"))
+    assert rows["memory"].startswith("not estimated · 0.0 M parameters")
+
+
+def test_checking_the_size_leaves_weights_statistics_and_random_numbers_alone():
+    recipe = schema.Model(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "drop_rate": 0.5})
+    checked = model.create(recipe, 10, seed=1, size=32)
+    after_checked = torch.rand(1)
+    unchecked = model.create(recipe, 10, seed=1)
+    assert torch.equal(after_checked, torch.rand(1))
+    ours, theirs = checked.state_dict(), unchecked.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_accumulated_statistics_are_those_of_the_workers_averaged():

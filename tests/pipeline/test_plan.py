@@ -143,6 +143,44 @@ def test_steps_round_up_and_never_past_a_full_batch(capsys, samples, epochs, ste
     assert all(0 <= entry["update"] < steps for entry in numbers["lr_updates"])
 
 
+def test_milestones_after_the_end_are_said_to_be_never_reached(capsys):
+    arguments = [str(CONFIG_8K), "--world-size", "256", *IMAGENET]
+    text = page(capsys, *arguments, "--set", "recipe.epochs=60")
+    assert "epoch 30 → 0.32 · at updates 4,692\n" in text
+    assert "epoch 60 / 80 never reached: the run ends at epoch 60" in text
+    assert "updates 4,692 /" not in text and "12,512" not in text
+    numbers = summary(capsys, *arguments, "--set", "recipe.epochs=60")
+    assert [milestone["update"] for milestone in numbers["milestones"]] == [4692, None, None]
+    text = page(capsys, *arguments, "--set", "recipe.epochs=20")
+    assert "epoch 30 / 60 / 80 never reached: the run ends at epoch 20" in text and "at updates" not in text
+
+
+@pytest.mark.parametrize("warmup", ["gradual", "constant"])
+@pytest.mark.parametrize("epochs", ["2", "5"])
+def test_warmup_that_outlasts_the_run_never_reaches_the_peak(capsys, warmup, epochs):
+    settings = ["--set", f"recipe.epochs={epochs}", "--set", f"scheduler.params.warmup={warmup}"]
+    arguments = [str(CONFIG_8K), "--world-size", "256", *IMAGENET, *settings]
+    numbers = summary(capsys, *arguments)
+    last = numbers["lr_updates"][-1]
+    assert last["update"] == numbers["steps"] - 1 and last["lr"] < 3.2
+    text = page(capsys, *arguments)
+    assert f"update 0 … {last['update']:,} 0.1 → {last['lr']:.6g} · 5 epochs, {warmup}" in text
+    assert f"3.2 is never reached: the run ends at epoch {epochs}" in text
+
+
+@pytest.mark.parametrize(
+    ("samples", "epochs", "said"),
+    [
+        (8192, "2.5", "3 in all · the last reaches past epoch 2.5 by 0.5 of a batch"),
+        (12_288, "3", "5 in all · the last reaches past epoch 3 by 0.5 of a batch"),
+        (8192, "2", "2 in all\n"),
+    ],
+)
+def test_how_far_the_last_update_reaches_is_right_for_any_number_of_epochs(capsys, samples, epochs, said):
+    arguments = ["--world-size", "1", "--samples", str(samples), "--set", f"recipe.epochs={epochs}"]
+    assert said in page(capsys, str(CONFIG_8K), *arguments)
+
+
 def test_data_and_run_options_are_overrides(capsys):
     numbers = summary(capsys, str(CONFIG_8K), "--world-size", "1", *IMAGENET, "--data", "elsewhere", "--run", "1")
     assert numbers["deepspeed"]["recipe"]["data"] == "elsewhere"

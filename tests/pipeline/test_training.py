@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -27,8 +26,9 @@ from pipeline.order import Order
 from pipeline.samples import audit, read_samples
 from pipeline.schedule import Schedule
 from shards.cli import main as shards_main
+from shards.files import exclusive
 from shards.index import load_split
-from tests.conftest import tiny_config
+from tests.conftest import kill_everything, tiny_config
 
 pytestmark = pytest.mark.launcher
 
@@ -181,31 +181,6 @@ def test_a_run_leaves_everything_it_promises(runs):
     assert time.monotonic() - began < 15
 
 
-def processes_with(variable: str) -> list[int]:
-    """Living processes whose environment has NAME=VALUE: the launcher puts ranks into sessions of their own."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            inherited = variable.encode() in (folder / "environ").read_bytes().split(b"\0")
-            state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            continue
-        if inherited and state != "Z":
-            found.append(int(folder.name))
-    return found
-
-
-def kill_everything(variable: str) -> None:
-    """SIGKILL to the launcher and all ranks, until none is left."""
-    deadline = time.monotonic() + 20
-    while living := processes_with(variable):
-        for pid in living:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_run_killed_in_mid_epoch_goes_on_with_other_ranks_as_if_nothing_had_been(runs, write_config):
     killed = write_config("killed", SAVE_OFTEN)
     launch = onehour("train", killed, "--ranks", "4", ONEHOUR_TEST=str(killed))
@@ -257,14 +232,36 @@ def test_torchrun_runs_the_same_module(write_config: Callable[..., Path]):
         np.testing.assert_array_equal(update.ids, order.ids(number * KN, (number + 1) * KN))
 
 
-def test_a_run_that_diverges_stops_and_says_what_to_try(write_config: Callable[..., Path]):
-    path = write_config("diverging", {"optimizer.params.lr": 1e12})
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"recipe.checkpoint.every_epochs": 0.2}, "is not finite after update"),
+        ({"recipe.checkpoint.every_epochs": 1000}, "the loss is nan at update"),
+        ({"recipe.checkpoint.every_epochs": 1000, "fp16.enabled": True}, "updates in a row overflowed"),
+    ],
+    ids=["at-a-save", "at-a-report", "fp16"],
+)
+def test_a_run_that_diverges_stops_saves_nothing_of_it_and_says_what_to_try(write_config, changes, what):
+    """A rate that blows the weights up within the first epoch."""
+    path = write_config("diverging", {"optimizer.params.lr": 1e12, "recipe.epochs": 60, **changes})
     command = [sys.executable, "-m", "pipeline.train", str(path)]  # a launcher is not needed for one rank
-    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=100, check=False)
-    assert done.returncode == 2
-    assert "the loss is nan at update" in done.stderr and "Lower optimizer.params.lr" in done.stderr
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=200, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert what in done.stderr and "Lower optimizer.params.lr" in done.stderr
     assert "Traceback" not in done.stderr
     assert "finished" not in [event["event"] for event in read_metrics(run_of(path) / "metrics.jsonl")]
+    for weights_file in run_of(path).glob("checkpoints/step-*/model.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(weights_file).values())
+
+
+def test_two_trainings_in_one_folder_are_refused(write_config: Callable[..., Path]):
+    path = write_config("shared")
+    run_of(path).mkdir(parents=True)
+    with exclusive(run_of(path), "training"):
+        command = [sys.executable, "-m", "pipeline.train", str(path)]
+        done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=100, check=False)
+    assert done.returncode == 2 and "another training is writing here" in done.stderr
+    assert not (run_of(path) / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
