@@ -106,10 +106,9 @@ demo)
     "$python" -m shards.cli prepare demo data/demo
     "$python" -m pipeline.cli train ds_configs/demo.json "$@"
     cat <<'NEXT'
-
-next:  ./run.sh plan ds_configs/imagenet_8k.json --world-size 256 --samples 1281167
        ./run.sh train ds_configs/demo.json --set optimizer.params.lr=0.1 --run runs/demo-lr0.1
        ./run.sh report runs/demo runs/demo-lr0.1
+       ./run.sh plan ds_configs/imagenet_8k.json --world-size 256 --samples 1281167
        ./run.sh shards prepare imagefolder YOUR_IMAGES data/yours
 NEXT
     ;;

@@ -27,10 +27,11 @@ from rich.console import Console
 
 from pipeline import batch, config, hosts, resume
 from pipeline.config import Config
-from pipeline.experiment import add_config_arguments, open_run, overrides_of
+from pipeline.experiment import add_config_arguments, check_monitors, open_run, overrides_of
 from pipeline.metrics import FILE_NAME, read_metrics
 from pipeline.record import RunRecord
 from shards.errors import UserError
+from shards.files import exclusive
 
 DEFAULT_CPU_RANKS = 2
 STOP_SECONDS = 5  # ranks that are still there so long after they were told to stop are killed
@@ -133,8 +134,12 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
     remote = (args.hostfile is not None or "--force_multi" in given) and "--no_ssh" not in given
     if remote:
         hosts.check_remote(launcher, experiment.path)
+    check_monitors(experiment)
     plan, _, _ = open_run(experiment, ranks.world_size)
     folder = experiment.run_folder
+    if folder.exists():
+        with exclusive(folder, "training"):
+            pass  # rank 0 holds it while it trains: a second training must not touch the first one's folder
     if args.fresh:
         _set_aside(folder, console)
     saved = resume.find_latest(folder)
@@ -175,9 +180,15 @@ def print_summary(folder: Path, console: Console) -> None:
     console.print(
         f"[bold]top-1 {median.accuracy:.2f} %[/]   median of {epochs}, {finished['images']:,} images each   "
         f"(last: {finished['top1']:.2f} % top-1, {finished['top5']:.2f} % top-5)   "
-        f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02} total"
+        f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02} total, "
+        f"{100 * finished['steps_share']:.0f} % in steps"
     )
-    console.print(f"{folder}/  report.html  metrics.jsonl  config.resolved.json  model.safetensors", markup=False)
+    names = ("report.html", "metrics.jsonl", "config.resolved.json", "model.safetensors")
+    present = "  ".join(name for name in names if (folder / name).exists())
+    console.print(f"{folder}/  {present}", markup=False)
+    console.print(
+        f"next:  onehour report {folder} OTHER_RUN …     compare runs, as in the paper's Figure 3", markup=False
+    )
 
 
 def _set_aside(folder: Path, console: Console) -> None:

@@ -12,6 +12,7 @@ import pytest
 from pipeline import checkpoint, cli, config, launch, model
 from pipeline.experiment import open_run
 from shards.cli import main as shards_main
+from shards.files import exclusive
 from tests.conftest import write_images
 
 
@@ -220,3 +221,12 @@ def test_a_launcher_that_ends_with_0_without_a_finished_run_is_a_failure(capsys,
     monkeypatch.setattr(launch, "_launch", lambda *_, **__: 0)
     assert cli.main(["train", str(write_config()), "--ranks", "1"]) == 1
     assert "did not finish" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_a_training_runs(capsys, saved):
+    run = saved.parent / "runs" / "saved"
+    with exclusive(run, "training"):
+        for option in ([], ["--fresh"]):
+            message = refusal(capsys, "train", saved, "--ranks", "1", *option)
+            assert str(run) in message and "another training is writing here" in message
+    assert run.exists()
