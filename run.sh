@@ -115,6 +115,8 @@ NEXT
 test)
     shift
     cd -- "$here"
+    # two files at a time, for half of a launch is single-threaded imports; a container of its own may lack xdist
+    [ -n "${ONEHOUR_PYTHON:-}" ] || set -- -n 2 --dist loadfile "$@"
     exec "$python" -m pytest "$@"
     ;;
 setup) ;;

@@ -157,7 +157,7 @@ def test_a_failed_installation_is_not_taken_for_done(machine, uv):
         (["plan", "my configs/x.json"], "-P -m pipeline.cli plan my configs/x.json", False),
         (["train", "x.json", "--set", "a=b c"], "-P -m pipeline.cli train x.json --set a=b c", False),
         (["shards", "verify", "data"], "-P -m shards.cli verify data", False),
-        (["test", "-k", "x"], "-m pytest -k x", True),
+        (["test", "-k", "x"], "-m pytest -n 2 --dist loadfile -k x", True),
         ([], "-m pipeline.cli train ds_configs/demo.json", True),
         (["demo", "--ranks", "1"], "-m pipeline.cli train ds_configs/demo.json --ranks 1", True),
     ],

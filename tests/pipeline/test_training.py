@@ -236,8 +236,12 @@ def test_torchrun_runs_the_same_module(write_config: Callable[..., Path]):
     ("changes", "what"),
     [
         ({"recipe.checkpoint.every_epochs": 0.2}, "is not finite after update"),
-        ({"recipe.checkpoint.every_epochs": 1000}, "the loss is nan at update"),
-        ({"recipe.checkpoint.every_epochs": 1000, "fp16.enabled": True}, "updates in a row overflowed"),
+        pytest.param({"recipe.checkpoint.every_epochs": 1000}, "the loss is nan at update", marks=pytest.mark.slow),
+        pytest.param(
+            {"recipe.checkpoint.every_epochs": 1000, "fp16.enabled": True},
+            "updates in a row overflowed",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["at-a-save", "at-a-report", "fp16"],
 )
@@ -254,6 +258,7 @@ def test_a_run_that_diverges_stops_saves_nothing_of_it_and_says_what_to_try(writ
         assert all(torch.isfinite(tensor).all() for tensor in load_file(weights_file).values())
 
 
+@pytest.mark.slow  # test_bad_input shows that `onehour train` refuses it; this is the rank's own check
 def test_two_trainings_in_one_folder_are_refused(write_config: Callable[..., Path]):
     path = write_config("shared")
     run_of(path).mkdir(parents=True)
