@@ -1,0 +1,332 @@
+"""The story of a run: updates to the end of the configured epochs, evaluations, saves, the exported weights."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from pipeline import checkpoint, model, report, resume
+from pipeline.decode import PillowDecoder
+from pipeline.engine import Engine, World
+from pipeline.evaluate import Result, evaluate
+from pipeline.loader import Loader, MicroBatch, default_threads, evaluation_requests, training_requests
+from pipeline.monitor import Monitor, versions
+from pipeline.order import Order
+from pipeline.plan import Plan
+from pipeline.reader import ShardReader
+from pipeline.record import RunRecord
+from pipeline.resume import Checkpoint
+from pipeline.samples import SampleWriter
+from pipeline.sums import StepSums, Window
+from shards.errors import UserError
+from shards.files import exclusive
+from shards.index import Split
+
+MAX_WITHHELD_UPDATES = 50
+
+
+class DivergenceError(UserError):
+    """The training has come apart; every rank meets it at the same update."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a rank has before it talks to the others.
+
+    Attributes:
+        plan: the resolved run.
+        train_split, validation_split: the opened shards.
+        saved: the checkpoint to continue from, or None.
+        network: the model, with the checkpoint's weights if there is one.
+        state: the engine's state out of the checkpoint, or None.
+    """
+
+    plan: Plan
+    train_split: Split
+    validation_split: Split
+    saved: Checkpoint | None
+    network: nn.Module
+    state: dict[str, Any] | None
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same on every host."""
+        configuration = json.dumps(self.plan.config.resolved(), sort_keys=True)
+        return {
+            "configuration": hashlib.sha256(configuration.encode()).hexdigest()[:12],
+            "training shards": self.train_split.digest[:12],
+            "validation shards": self.validation_split.digest[:12],
+            "checkpoint": f"step {self.saved.step}" if self.saved is not None else "none",
+            "checkpoint's digests": self.saved.digests if self.saved is not None else {},
+            "versions": versions(),
+        }
+
+
+class Run:
+    """The training of one plan on one rank; a context manager, so that everything opened is closed.
+
+    Args:
+        prepared: plan, data, model and where to continue.
+        world: this process among the ranks.
+    """
+
+    def __init__(self, prepared: Prepared, world: World) -> None:
+        plan, saved = prepared.plan, prepared.saved
+        recipe = plan.config.recipe
+        self.plan = plan
+        self.world = world
+        self.folder = plan.config.run_folder
+        self.classes = len(prepared.train_split.classes)
+        self.samples, self.step = (saved.samples, saved.step) if saved is not None else (0, 0)
+        self.decoder = PillowDecoder(recipe.transform, recipe.seed)
+        self.threads = recipe.loader.threads or default_threads(world.local_size)
+        self.monitor: Monitor | None = None
+        self._open = contextlib.ExitStack()
+        self.train_reader, self.validation_reader = (
+            self._open.enter_context(contextlib.closing(ShardReader(split)))
+            for split in (prepared.train_split, prepared.validation_split)
+        )
+        model_lines = model.describe(
+            prepared.network,
+            weight_decay=plan.config.blocks.optimizer.params.get("weight_decay", 0),
+            micro=plan.batch.micro,
+            size=recipe.transform.size,
+            precision=plan.config.precision,
+        )
+        self.engine = Engine(prepared.network, plan, world)
+        if prepared.state is not None:
+            self.engine.restore(prepared.state, samples=self.samples, step=self.step)
+        if world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._open.enter_context(exclusive(self.folder, "training"))
+            resolved = {**plan.config.resolved(), **plan.batch.deepspeed()}
+            checkpoint.write_atomically(self.folder / checkpoint.RESOLVED_FILE, json.dumps(resolved, indent=2) + "\n")
+            page = plan.page(ranks=_where(world), model_lines=model_lines)
+            resumed_from = self.samples if saved is not None else None
+            self.monitor = self._open.enter_context(contextlib.closing(Monitor(plan, self.engine, page, resumed_from)))
+        self._seconds_in_steps = 0.0
+        self._timed_until = 0.0
+        self._skipped = 0
+        self._withheld_in_a_row = 0
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def train(self) -> None:
+        """Train to the end of the configured epochs, evaluate, save, export."""
+        self._train()
+        self._finish()
+
+    def _train(self) -> None:
+        recipe = self.plan.config.recipe
+        requests = training_requests(
+            Order(self.plan.train_samples, recipe.seed), self.plan.batch, self.world.rank, self.step, self.plan.steps
+        )
+        record = None
+        if recipe.logging.record_samples:
+            record = SampleWriter(self.folder, self.step, self.world.rank, self.world.size)
+        recent, whole_epoch = StepSums(self.world.device), StepSums(self.world.device)
+        self._timed_until = time.perf_counter()
+        with contextlib.closing(self._loader(self.train_reader, requests)) as loader:
+            batches = _Waiting(loader)
+            while self.step < self.plan.steps:
+                sums, used = self.engine.update(batches, self.samples)
+                if record is not None:
+                    record.write(self.step, self.engine.lr_used, [batch.ids for batch in used])
+                before = self.samples
+                self.step += 1
+                self.samples += self.plan.batch.train
+                waited = batches.take_waited()
+                for window in (recent, whole_epoch):
+                    window.add(sums, self.plan.batch.train, waited)
+                ended = self._epochs_ended(before)
+                last = self.step == self.plan.steps
+                # before every save as well: what has diverged must not be saved
+                if self.step % recipe.logging.every_steps == 0 or ended or last or self._save_due(before):
+                    self._report_steps(recent, whole_epoch.window)
+                    recent = StepSums(self.world.device)
+                if ended or last:
+                    self._end_epoch(whole_epoch, before, ended)
+                    whole_epoch = StepSums(self.world.device)
+                elif self._save_due(before):
+                    line = self._save()
+                    if self.monitor is not None:
+                        self.monitor.line(f"update {self.step:,}", line)
+                    self._timed_until = time.perf_counter()
+        if record is not None:
+            record.close()
+
+    def _epochs_ended(self, before: int) -> int | None:
+        """The last epoch (1-based) that ended between position `before` and now, if one did."""
+        now = min(self.samples, math.ceil(self.plan.total_samples)) // self.plan.train_samples
+        return now if now > before // self.plan.train_samples else None
+
+    def _save_due(self, before: int) -> bool:
+        every = self.plan.config.recipe.checkpoint.every_epochs * self.plan.train_samples
+        return int(self.samples / every) > int(before / every)
+
+    def _report_steps(self, recent: StepSums, whole_epoch: Window) -> None:
+        """Print and record the updates since the last report, and stop a training that has come apart."""
+        loss, top1 = recent.reduce()
+        now = time.perf_counter()
+        recent.window.seconds = now - self._timed_until
+        whole_epoch.seconds += recent.window.seconds
+        self._seconds_in_steps += recent.window.seconds
+        self._timed_until = now
+        skipped = self.engine.skipped_steps - self._skipped
+        self._skipped += skipped
+        if self.monitor is not None:
+            if skipped:
+                self.monitor.skips(step=self.step, skipped=skipped, loss_scale=self.engine.loss_scale)
+            self.monitor.steps(
+                step=self.step,
+                samples=self.samples,
+                loss=loss,
+                top1=top1,
+                lr=self.engine.lr_used,
+                skipped=self._skipped,
+                window=recent.window,
+            )
+        self._withheld_in_a_row = self._withheld_in_a_row + skipped if skipped == recent.window.steps else 0
+        if self._withheld_in_a_row >= MAX_WITHHELD_UPDATES:
+            raise self._divergence(
+                f"{self._withheld_in_a_row} updates in a row overflowed in float16 up to update {self.step:,}"
+            )
+        if self.plan.config.precision != "float16" and not math.isfinite(loss):
+            raise self._divergence(f"the loss is {loss} at update {self.step:,}")
+
+    def _divergence(self, what: str) -> DivergenceError:
+        return DivergenceError(
+            f"{what} (epoch {self.plan.epoch(self.samples):.2f})",
+            "The training has diverged. Lower optimizer.params.lr, or lengthen scheduler.params.warmup_epochs.",
+            f"The last checkpoint was saved before: {resume.checkpoints_folder(self.folder)}",
+        )
+
+    def _end_epoch(self, sums: StepSums, before: int, ended: int | None) -> None:
+        recipe = self.plan.config.recipe
+        last = self.step == self.plan.steps
+        loss, top1 = sums.reduce()
+        parts = []
+        if ended is not None and self.monitor is not None:
+            parts.append(
+                self.monitor.epoch(epoch=ended, samples=self.samples, loss=loss, top1=top1, window=sums.window)
+            )
+        if last or (ended is not None and ended % recipe.evaluation.every_epochs == 0):
+            result = self._evaluate()
+            if self.monitor is not None:
+                parts.append(self.monitor.evaluation(samples=self.samples, result=result))
+        if last or self._save_due(before):
+            parts.append(self._save())
+        if self.monitor is not None:
+            self.monitor.line(*parts)
+        self._timed_until = time.perf_counter()
+
+    def _evaluate(self) -> Result:
+        recipe = self.plan.config.recipe
+        images = len(self.validation_reader.split)
+        micro = recipe.evaluation.micro_batch_size or self.plan.batch.micro
+        model.average_statistics(self.engine.model)
+        self.engine.evaluation_mode()
+        requests = evaluation_requests(images, micro, self.world.rank, self.world.size)
+        with self._loader(self.validation_reader, requests) as batches:
+            return evaluate(self.engine.forward, batches, images=images, device=self.world.device)
+
+    def _save(self) -> str:
+        """Write a checkpoint; every rank calls it, rank 0 writes."""
+        model.average_statistics(self.engine.model)
+        # the loss of the last update was finite, but it was measured before its weights were changed
+        broken = model.first_not_finite(self.engine.model)
+        if broken is not None:
+            raise self._divergence(f"{broken} is not finite after update {self.step:,}")
+        if self.monitor is None:
+            return ""
+        began = time.perf_counter()
+        folder = checkpoint.save(
+            self.plan,
+            self.engine.model,
+            self.engine.state(),
+            samples=self.samples,
+            step=self.step,
+            classes=self.classes,
+        )
+        return self.monitor.checkpoint(samples=self.samples, folder=folder, seconds=time.perf_counter() - began)
+
+    def _finish(self) -> None:
+        """Export the weights, write down that the run is complete, and make the report."""
+        if self.monitor is None:
+            return
+        recipe = self.plan.config.recipe
+        model.export(self.engine.model, self.folder / checkpoint.WEIGHTS_FILE, recipe.model, self.classes)
+        record = RunRecord.read(self.folder)
+        if not record.evaluations:
+            raise RuntimeError(f"{self.folder}: the run ended without an evaluation on record")
+        final, median = record.evaluations[-1], record.median_error()
+        assert median is not None
+        seconds = self.monitor.seconds()
+        self.monitor.finish(
+            samples=self.samples,
+            top1=final["top1"],
+            top5=final["top5"],
+            images=final["images"],
+            median_top1=median.accuracy,
+            median_epochs=list(median.epochs),
+            seconds=seconds,
+            steps_share=self._seconds_in_steps / seconds,
+        )
+        try:
+            report.write_report([self.folder], self.folder)
+        except Exception as error:  # the training is done and saved; a page about it must not fail it
+            self.monitor.warn(
+                "report", f"the report could not be written: {error!r}. Retry: onehour report {self.folder}"
+            )
+
+    def _loader(self, reader: ShardReader, requests: Iterator) -> Loader:
+        return Loader(
+            reader,
+            self.decoder,
+            requests,
+            threads=self.threads,
+            prefetch=self.plan.config.recipe.loader.prefetch,
+            pin=self.world.device.type == "cuda",
+        )
+
+
+def _where(world: World) -> str:
+    """Where the ranks are, for the plan's page; empty for one host."""
+    hosts = world.size // world.local_size
+    return f"{hosts} hosts × {world.local_size}" if hosts > 1 and hosts * world.local_size == world.size else ""
+
+
+class _Waiting:
+    """An iterator that measures how long its consumer waits."""
+
+    def __init__(self, batches: Iterator[MicroBatch]) -> None:
+        self._batches = batches
+        self._waited = 0.0
+
+    def __iter__(self) -> _Waiting:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        began = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - began
+        return batch
+
+    def take_waited(self) -> float:
+        """Seconds waited since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
