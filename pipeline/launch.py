@@ -174,7 +174,7 @@ def print_summary(folder: Path, console: Console) -> None:
     if finished is None or median is None:
         raise UserError(f"{folder}: the run is not finished")
     last = median.epochs
-    epochs = f"epochs {last[0]:.0f}–{last[-1]:.0f}" if len(last) > 1 else f"epoch {last[0]:.0f}"
+    epochs = f"epochs {last[0]:.0f}–{last[-1]:.0f}" if len(last) > 1 else f"epoch {last[0]:.2g}"
     seconds = round(record.seconds)
     console.print()
     console.print(
