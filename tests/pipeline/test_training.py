@@ -34,8 +34,8 @@ pytestmark = pytest.mark.launcher
 
 KN, TRAIN, VAL, EPOCHS = 32, 130, 35, 3
 STEPS = -(-EPOCHS * TRAIN // KN)
-# fp32 sums in another order differ by rounding, which a BN network amplifies some thousand times over 13 updates
-TOLERANCE = 5e-3
+# fp32 sums in another order differ by rounding: 8e-7 after 13 updates, 2e-4 where BN amplifies it (measured)
+TOLERANCE, BN_FREE_TOLERANCE = 2e-3, 2e-5
 SAVE_OFTEN = {"recipe.checkpoint.every_epochs": 0.45}
 BN_FREE = {
     "recipe.model.name": "vit_tiny_patch16_224",
@@ -132,23 +132,23 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     return train_on_one_two_and_four_ranks(tiny_shards, folder, {**SAVE_OFTEN, **monitors})
 
 
-def assert_the_same_training(paths: dict[int, Path]) -> None:
+def assert_the_same_training(paths: dict[int, Path], tolerance: float) -> None:
     accuracies = []
     for path in paths.values():
         assert_the_run_is_exact(run_of(path), path)
-        assert_close(run_of(path), run_of(paths[1]), TOLERANCE)
+        assert_close(run_of(path), run_of(paths[1]), tolerance)
         events = read_metrics(run_of(path) / "metrics.jsonl")
         accuracies.append([event["top1"] for event in events if event["event"] == "evaluation"])
     assert np.ptp(np.asarray(accuracies), axis=0).max() <= 100 / VAL + 1e-9  # one image may sit on the edge
 
 
 def test_one_two_and_four_ranks_are_the_same_training(runs):
-    assert_the_same_training(runs)
+    assert_the_same_training(runs, TOLERANCE)
 
 
 @pytest.mark.slow  # test_engine compares such networks' updates on as many ranks, without the launcher
 def test_one_two_and_four_ranks_are_the_same_training_without_bn(tiny_shards, tmp_path):
-    assert_the_same_training(train_on_one_two_and_four_ranks(tiny_shards, tmp_path, BN_FREE))
+    assert_the_same_training(train_on_one_two_and_four_ranks(tiny_shards, tmp_path, BN_FREE), BN_FREE_TOLERANCE)
 
 
 def test_a_run_leaves_everything_it_promises(runs):
