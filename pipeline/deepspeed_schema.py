@@ -48,7 +48,7 @@ class Float16Block(Section):
     def _honoured(self) -> Float16Block:
         # torch's scaler has neither; at DeepSpeed's defaults they change nothing that matters
         for key, default in (("hysteresis", 2), ("consecutive_hysteresis", False), ("min_loss_scale", 1)):
-            if getattr(self, key) != default:
+            if self.enabled and getattr(self, key) != default:
                 raise ValueError(f"{key} has no counterpart in the loss scaler that is used: leave it out")
         return self
 

@@ -70,6 +70,9 @@ def join(world_size: int | None = None) -> World:
     if cuda and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    if cuda:
+        # under MPI and Slurm only now known; the first collective already needs it
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     size = ds_comm.get_world_size()
     if world_size is not None and size != world_size:
         raise RuntimeError(f"{world_size} ranks were planned, {size} were started")

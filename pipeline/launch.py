@@ -267,12 +267,16 @@ def _launch(command: list[str], environment: Mapping[str, str], *, stops_its_ran
     try:
         # ranks outlive a launcher that is killed, but not their process group. With pdsh it stays in the terminal's:
         # ssh may have to ask, and another group may not read there
-        process = subprocess.Popen(command, env=variables, process_group=None if stops_its_ranks else 0)
+        if stops_its_ranks:
+            process = subprocess.Popen(command, env=variables)
+        else:
+            # without the terminal's input: what asks there from the background would be stopped, and the ranks hang
+            process = subprocess.Popen(command, env=variables, process_group=0, stdin=subprocess.DEVNULL)
         if received:  # meanwhile
             stop(received.pop(), None)
         code = process.wait()
-        if received and not stops_its_ranks:
-            _end_group(process.pid)
+        if not stops_its_ranks and _signal_group(process.pid, signal.SIGTERM):
+            _end_group(process.pid)  # a launcher that is killed leaves its ranks behind, and may end with 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

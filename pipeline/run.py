@@ -59,7 +59,9 @@ class Prepared:
 
     def facts(self) -> dict[str, Any]:
         """What must be the same on every host."""
-        configuration = json.dumps(self.plan.config.resolved(), sort_keys=True)
+        resolved = self.plan.config.resolved()
+        del resolved["recipe"]["data"]  # a path of the host; the digests below say whether it is the same data
+        configuration = json.dumps(resolved, sort_keys=True)
         return {
             "configuration": hashlib.sha256(configuration.encode()).hexdigest()[:12],
             "training shards": self.train_split.digest[:12],

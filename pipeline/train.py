@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             torch.backends.cudnn.benchmark = True
         prepared = prepare_together(lambda: prepare(args.config, overrides_of(args), world), Prepared.facts)
+        training = True
         with Run(prepared, world) as run:
-            training = True
             run.train()
         engine.leave()
     except UserError as error:

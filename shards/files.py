@@ -101,6 +101,7 @@ def exclusive(folder: Path, writer: str = "shards process") -> Iterator[None]:
         raise UserError(
             f"{folder}: another {writer} is writing here",
             "Wait for it to end, or choose another folder.",
+            f"If none is running on any host, the file system kept the lock: remove {folder / LOCK_NAME}.",
         ) from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
