@@ -96,13 +96,16 @@ class Run:
             self._open.enter_context(contextlib.closing(ShardReader(split)))
             for split in (prepared.train_split, prepared.validation_split)
         )
-        model_lines = model.describe(
-            prepared.network,
-            weight_decay=plan.config.blocks.optimizer.params.get("weight_decay", 0),
-            micro=plan.batch.micro,
-            size=recipe.transform.size,
-            precision=plan.config.precision,
-        )
+        # on the CPU and before the engine has the model; only rank 0 prints the page
+        model_lines = None
+        if world.rank == 0:
+            model_lines = model.describe(
+                prepared.network,
+                weight_decay=plan.config.blocks.optimizer.params.get("weight_decay", 0),
+                micro=plan.batch.micro,
+                size=recipe.transform.size,
+                precision=plan.config.precision,
+            )
         self.engine = Engine(prepared.network, plan, world)
         if prepared.state is not None:
             self.engine.restore(prepared.state, samples=self.samples, step=self.step)
