@@ -8,6 +8,7 @@ meanwhile is 8 bytes per sample, twice: a hash of each key, and the shuffled ord
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from shards.errors import UserError
+from shards.select import Selection, select
 from shards.sources.base import Entry, Source, is_valid_key
-from shards.table import hash_key
+from shards.table import MAX_IMAGE_BYTES, hash_key
 
 _ENTRY_DTYPE = np.dtype([("start", "<u8"), ("key", "<u4"), ("locator", "<u4"), ("label", "<i4"), ("size", "<i8")])
 """Byte offset in the text file, lengths of key and locator there, label, image size in bytes or -1."""
@@ -33,8 +35,9 @@ class Catalog:
     folder: Path
     split: str
     count: int
+    """Of samples that are written."""
     image_bytes: int
-    """Sum of the known sizes, in bytes."""
+    """Sum of their known sizes, in bytes."""
     sha256: str
     """Over keys, labels, sizes and locators in listing order: changes when the source does."""
 
@@ -42,43 +45,52 @@ class Catalog:
         """Entries at the shuffled positions `start` to `stop`."""
         entries = np.memmap(self.folder / f"{self.split}.entries", _ENTRY_DTYPE, "r")
         order = np.load(self.folder / f"{self.split}.order.npy", mmap_mode="r")
-        with (self.folder / f"{self.split}.text").open("rb") as text:
-            for row in order[start:stop]:
-                yield _entry(entries[row], text)
+        with (self.folder / f"{self.split}.text").open("rb", buffering=0) as text:
+            for row in entries[order[start:stop]]:
+                yield _entry(row, text)
 
 
-def build_catalog(source: Source, split: str, seed: int, folder: Path) -> Catalog:
-    """List a split of a source into `folder` and shuffle the list.
+def build_catalog(source: Source, split: str, seed: int, folder: Path, selection: Selection | None = None) -> Catalog:
+    """List the selected part of a split of a source into `folder` and shuffle the list.
 
     Raises:
         UserError: if the split is empty, two samples have one key, the source finds something wrong, or the list
             cannot be written.
     """
     try:
-        return _build_catalog(source, split, seed, folder)
+        return _build_catalog(source, split, seed, folder, selection or select(source.classes))
     except OSError as error:
         raise UserError(
             f"{folder}: the list of images cannot be written: {error.strerror}", "Free or choose another disk."
         ) from error
 
 
-def _build_catalog(source: Source, split: str, seed: int, folder: Path) -> Catalog:
+def _build_catalog(source: Source, split: str, seed: int, folder: Path, selection: Selection) -> Catalog:
     digest = hashlib.sha256()
     hashes = array("Q")
     image_bytes = 0
     with _Lists(folder, split) as lists:
         for entry in source.entries(split):
             _check(source, entry)
+            label = selection.labels[entry.label]
+            if label is None:
+                continue
             key, locator = _encode(entry.key), _encode(entry.locator)
-            digest.update(b"%b\0%d\0%d\0%b\n" % (key, entry.label, entry.size, locator))
+            digest.update(b"%b\0%d\0%d\0%b\n" % (key, label, entry.size, locator))
             hashes.append(hash_key(entry.key))
             image_bytes += max(entry.size, 0)
-            lists.append(key, locator, entry.label, entry.size)
+            lists.append(key, locator, label, entry.size)
     count = len(hashes)
     if not count:
-        raise UserError(f"{source.name}: split {split!r} has no images")
+        chosen = " of the chosen classes" if selection.record else ""
+        raise UserError(f"{source.name}: split {split!r} has no images{chosen}")
     _check_keys_differ(source, split, np.frombuffer(hashes, np.uint64), folder)
-    np.save(folder / f"{split}.order.npy", shuffled(count, f"onehour shards {seed} {split}"))
+    order = shuffled(count, f"onehour shards {seed} {split}")
+    if selection.per_class is not None and split == source.splits[0]:
+        entries = np.memmap(folder / f"{split}.entries", _ENTRY_DTYPE, "r")
+        order = selection.thin(order, entries["label"])
+        count, image_bytes = len(order), int(np.maximum(entries["size"][order], 0).sum())
+    np.save(folder / f"{split}.order.npy", order)
     return Catalog(folder, split, count, image_bytes, digest.hexdigest())
 
 
@@ -124,6 +136,8 @@ def _check(source: Source, entry: Entry) -> None:
     place = source.place(entry.locator)
     if not is_valid_key(entry.key):
         raise UserError(f"{place}: key {entry.key!r} is empty or contains dots, slashes or blanks")
+    if entry.size > MAX_IMAGE_BYTES:
+        raise UserError(f"{place}: an image of {entry.size:,} bytes", f"At most {MAX_IMAGE_BYTES:,} can be indexed.")
     if not 0 <= entry.label < len(source.classes):
         raise UserError(f"{place}: label {entry.label} is outside the {len(source.classes):,} classes")
 
@@ -148,9 +162,9 @@ def _check_keys_differ(source: Source, split: str, hashes: np.ndarray, folder: P
 
 
 def _entry(row: np.void, text: BinaryIO) -> Entry:
-    text.seek(int(row["start"]))
-    key, locator = text.read(int(row["key"])), text.read(int(row["locator"]))
-    return Entry(_decode(key), int(row["label"]), _decode(locator), int(row["size"]))
+    start, key_bytes, locator_bytes, label, size = row.item()
+    data = os.pread(text.fileno(), key_bytes + locator_bytes, start)
+    return Entry(_decode(data[:key_bytes]), label, _decode(data[key_bytes:]), size)
 
 
 def _encode(text: str) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,9 @@ from filelock import FileLock, Timeout
 from shards.errors import UserError
 
 LOCK_NAME = ".lock"
+
+MAX_FILE_BYTES = 1 << 28
+"""Of an index or a list that is read as a whole; that of a million shards has less."""
 
 
 @contextmanager
@@ -67,6 +72,52 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor to read a file with; of a file and nothing else: opening a named pipe would wait for ever.
+
+    Raises:
+        OSError: if it is not a file, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return descriptor
+
+
+def read_file(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The content of a file that should be small.
+
+    Raises:
+        OSError: if it is not a file, cannot be read, or is larger than `limit` bytes.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise OSError(errno.EFBIG, f"larger than {limit:,} bytes, more than any such file has", str(path))
+        return file.read()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor to read a file with, at any position.
+
+    Raises:
+        UserError: if the file cannot be opened, or cannot be read inside the block.
+    """
+    try:
+        descriptor = open_regular(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
+    try:
+        yield descriptor
+    except OSError as error:
+        if error.filename is not None:
+            raise  # of some other file
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.
 
@@ -74,7 +125,7 @@ def sha256_file(path: Path) -> str:
         UserError: if the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error

@@ -7,18 +7,22 @@ single blanks. Offsets and sizes are bytes of the component's data inside the ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from shards.errors import UserError
+from shards.files import open_regular, read_file
 from shards.tar import Member, scan, split_name
 
 VERSION = "v1.2"
 
+MAX_INDEX_BYTES = 1 << 30
+"""Of an ``.idx`` that is read; one of ten million samples has less."""
 
-@dataclass(frozen=True, slots=True)
-class Component:
+
+class Component(NamedTuple):
     """One file of a sample: its extension as written (no dot), and its data's offset and size in bytes."""
 
     extension: str
@@ -27,8 +31,7 @@ class Component:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class IndexedSample:
+class IndexedSample(NamedTuple):
     """One sample of a shard: webdataset's key, and its components in the order of the tar."""
 
     key: str
@@ -38,6 +41,14 @@ class IndexedSample:
 def index_path(tar: Path) -> Path:
     """``train-00000.tar`` → ``train-00000.idx``, where DALI and this package look for it."""
     return tar.with_suffix(".idx")
+
+
+def is_older_than_its_index(tar: Path) -> bool:
+    """Whether a tar was last written to before its ``.idx`` was."""
+    try:
+        return tar.stat().st_mtime_ns < index_path(tar).stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 def group(members: Iterable[Member]) -> Iterator[IndexedSample]:
@@ -69,18 +80,22 @@ def format_index(samples: Iterable[IndexedSample]) -> bytes:
     """
     lines = []
     for sample in samples:
-        for component in sample.components:
-            if len(component.name.split()) != 1:
-                raise UserError(
-                    f"member name {component.name!r} contains a blank",
-                    "The .idx format separates its fields by blanks. Make the shard again with other keys.",
-                )
+        _check_names(sample)
         lines.append(" ".join(f"{part.extension} {part.offset} {part.size} {part.name}" for part in sample.components))
     return "\n".join((f"{VERSION} {len(lines)}", *lines, "")).encode()
 
 
-def index_tar(tar: Path) -> bytes:
-    """The content of the ``.idx`` for a tar, from its headers.
+def _check_names(sample: IndexedSample) -> None:
+    for component in sample.components:
+        if len(component.name.split()) != 1:
+            raise UserError(
+                f"member name {component.name!r} contains a blank",
+                "The .idx format separates its fields by blanks. Make the shard again with other keys.",
+            )
+
+
+def list_samples(tar: Path) -> list[IndexedSample]:
+    """The samples of a tar, from its headers, all of which an ``.idx`` can express.
 
     Raises:
         UserError: if the tar is damaged, holds no sample, or has names that the format cannot express.
@@ -89,9 +104,20 @@ def index_tar(tar: Path) -> bytes:
     if not samples:
         raise UserError(f"{tar}: no samples in this tar")
     try:
-        return format_index(samples)
+        for sample in samples:
+            _check_names(sample)
     except UserError as error:
         raise UserError(f"{tar}: {error.headline}", *error.details) from None
+    return samples
+
+
+def index_tar(tar: Path) -> bytes:
+    """The content of the ``.idx`` for a tar, from its headers.
+
+    Raises:
+        UserError: as `list_samples`.
+    """
+    return format_index(list_samples(tar))
 
 
 def read_count(path: Path) -> int:
@@ -101,7 +127,7 @@ def read_count(path: Path) -> int:
         UserError: if the file is missing, unreadable or of another version.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             words = file.readline(64).split()
     except OSError as error:
         raise _unusable(path, f"cannot be read: {error.strerror}") from error
@@ -116,26 +142,46 @@ def read_index(path: Path) -> list[IndexedSample]:
     Raises:
         UserError: if the file is missing, damaged, or its line count is not what it announces.
     """
+    return [_parse_line(path, number, line) for number, line in enumerate(_read_lines(path), start=2)]
+
+
+def read_samples(path: Path, rows: Sequence[int]) -> list[IndexedSample]:
+    """`read_index` for some samples, by their place in the tar: of the other lines, only their number is checked."""
+    lines = _read_lines(path)
+    return [_parse_line(path, row + 2, lines[row]) for row in rows]
+
+
+def _read_lines(path: Path) -> list[str]:
     count = read_count(path)
-    samples = []
-    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n")[1:-1], start=2):
-        words = line.split(" ")
-        if not line or len(words) % 4:
-            raise _unusable(path, f"line {number} is not '<extension> <offset> <size> <name>' per component")
-        try:
-            components = tuple(
-                Component(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3]) for i in range(0, len(words), 4)
-            )
-        except ValueError:
-            raise _unusable(path, f"line {number}: offset or size is no number") from None
-        parts = split_name(components[0].name)
-        if parts is None:
-            raise _unusable(path, f"line {number}: {components[0].name!r} has no extension")
-        samples.append(IndexedSample(parts[0], components))
-    if len(samples) != count:
-        raise _unusable(path, f"announces {count:,} samples and lists {len(samples):,}")
-    return samples
+    try:
+        lines = read_file(path, MAX_INDEX_BYTES).decode("utf-8", "replace").split("\n")[1:-1]
+    except OSError as error:
+        raise _unusable(path, f"cannot be read: {error.strerror}") from error
+    if len(lines) != count:
+        raise _unusable(path, f"announces {count:,} samples and lists {len(lines):,}")
+    return lines
+
+
+def _parse_line(path: Path, number: int, line: str) -> IndexedSample:
+    words = line.split(" ")
+    if not line or len(words) % 4:
+        raise _unusable(path, f"line {number} is not '<extension> <offset> <size> <name>' per component")
+    try:
+        components = tuple(
+            Component(words[i], int(words[i + 1]), int(words[i + 2]), words[i + 3]) for i in range(0, len(words), 4)
+        )
+    except ValueError:
+        raise _unusable(path, f"line {number}: offset or size is no number") from None
+    parts = split_name(components[0].name)
+    if parts is None:
+        raise _unusable(path, f"line {number}: {components[0].name!r} has no extension")
+    return IndexedSample(parts[0], components)
 
 
 def _unusable(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: {what}", f"Write it again from the tars: shards index {path.parent}")
+    return UserError(f"{path}: {what}", f"Write it again from the tars: shards index {_data_set(path)}")
+
+
+def _data_set(path: Path) -> Path:
+    """The folder to index: shards may lie in a folder for each split."""
+    return next((folder for folder in path.parents if (folder / "index.json").exists()), path.parent)

@@ -6,17 +6,25 @@ takes the table of samples from a cache, so that a split of 1.28 million samples
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from shards.errors import UserError
-from shards.idx import index_path, index_tar, read_count, read_index
+from shards.files import read_file
+from shards.idx import format_index, index_path, list_samples, read_count, read_index
+from shards.labels import Labels
 from shards.manifest import Manifest, Shard, read_classes, read_manifest
-from shards.table import SAMPLE_DTYPE, join, load_cached, read_shard, save_cached, split_digest
+from shards.pool import run_tasks
+from shards.table import SAMPLE_DTYPE, ShardTable, build_table, join, load_cached, save_cached, split_digest
 
 __all__ = ["SAMPLE_DTYPE", "Shard", "Split", "load_split"]
+
+_WORTH_WORKERS = 50_000
+"""Samples; fewer are read sooner than processes start."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +39,7 @@ class Split:
     classes: tuple[str, ...]
     """Names in label order."""
     digest: str
-    """SHA-256 over the shards' digests and counts in order: the same data has the same digest anywhere."""
+    """As `table.split_digest`: the same data, labelled in the same way, has the same digest anywhere."""
     _keys: dict[int, list[str]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -52,7 +60,7 @@ class Split:
         return f"shard {shard}, key {self.key(sample_id)}, byte {int(sample['offset'])}"
 
 
-def load_split(root: Path, name: str) -> Split:
+def load_split(root: Path, name: str, *, workers: int | None = 1) -> Split:
     """Open one split of a data set folder.
 
     Every shard's presence and size, every ``.idx``'s presence and count, and the range of all labels are
@@ -61,6 +69,8 @@ def load_split(root: Path, name: str) -> Split:
     Args:
         root: folder with `index.json`.
         name: of the split, such as ``"train"`` or ``"val"``.
+        workers: processes that build the table of a large split, if it is not cached; None for one per usable
+            core. They import the caller's main module anew, which must then stand such an import.
 
     Raises:
         UserError: naming the file and the mend, if anything is missing or contradicts the index.
@@ -68,15 +78,18 @@ def load_split(root: Path, name: str) -> Split:
     root = Path(root)
     manifest = read_manifest(root)
     classes = read_classes(root)
+    labels = Labels.from_record(root, manifest.record, classes)
     shards = _shards_of(manifest, name)
     for shard in shards:
-        check_shard_files(shard)
-    digest = split_digest(shards)
+        check_shard_files(root, shard)
+    digest = split_digest(shards, manifest.record)
     samples = load_cached(root, name, digest, sum(shard.samples for shard in shards))
-    if samples is None:
-        for shard in shards:
-            _check_index_of(shard.path)
-        samples = join(name, shards, [read_shard(shard.path) for shard in shards])
+    if samples is None or not _fits(samples, shards):
+        build = partial(_build_table, root, labels)
+        if sum(shard.samples for shard in shards) < _WORTH_WORKERS:
+            workers = 1
+        tables = dict(run_tasks(build, [shard.path for shard in shards], workers))
+        samples = join(name, shards, [tables[shard.path] for shard in shards])
         save_cached(root, name, digest, samples)
     split = Split(root, name, shards, samples, classes, digest)
     check_labels(split)
@@ -100,13 +113,16 @@ def _shards_of(manifest: Manifest, name: str) -> tuple[Shard, ...]:
     return shards
 
 
-def check_shard_files(shard: Shard) -> None:
+def check_shard_files(root: Path, shard: Shard) -> None:
     """Check without reading data that a shard's tar and ``.idx`` are there and as recorded.
+
+    Args:
+        root: folder of the data set, for the mend.
+        shard: what the index records.
 
     Raises:
         UserError: naming the file and the mend.
     """
-    folder = shard.path.parent
     try:
         size = shard.path.stat().st_size
     except OSError as error:
@@ -117,24 +133,39 @@ def check_shard_files(shard: Shard) -> None:
     if size != shard.size:
         raise UserError(
             f"{shard.path}: truncated or rewritten: {size:,} bytes, the index says {shard.size:,}",
-            f"See what else differs with: shards verify {folder} --digests",
+            f"See what else differs with: shards verify {root} --digests",
             "Then copy the shard again, or run the shards prepare that made this folder again.",
         )
     count = read_count(index_path(shard.path))
     if count != shard.samples:
         raise UserError(
             f"{index_path(shard.path)}: lists {count:,} samples, index.json says {shard.samples:,}",
-            f"Write both again from the tars: shards index {folder}",
+            f"Write both again from the tars: shards index {root}",
         )
 
 
-def _check_index_of(tar: Path) -> None:
-    """Before an ``.idx`` is trusted for the first time: is it the one of this tar?"""
-    if index_path(tar).read_bytes() != index_tar(tar):
+def _fits(samples: np.ndarray, shards: Sequence[Shard]) -> bool:
+    """Whether a cached table could be that of these shards: caches may lie in folders that others write to."""
+    start = 0
+    for number, shard in enumerate(shards):
+        part = samples[start : start + shard.samples]
+        start += shard.samples
+        if np.any(part["shard"] != number) or np.any(part["label"] < 0) or np.any(part["size"] > shard.size):
+            return False
+        if np.any(part["offset"] > np.uint64(shard.size) - part["size"]):
+            return False
+    return True
+
+
+def _build_table(root: Path, labels: Labels, tar: Path) -> ShardTable:
+    indexed = list_samples(tar)
+    # before an .idx is trusted for the first time: is it the one of this tar?
+    if read_file(index_path(tar)) != format_index(indexed):
         raise UserError(
             f"{index_path(tar)}: does not describe {tar.name}",
-            f"Write it again from the tars: shards index {tar.parent}",
+            f"Write it again from the tars: shards index {root}",
         )
+    return build_table(tar, indexed, labels)
 
 
 def check_labels(split: Split) -> None:

@@ -12,8 +12,12 @@ from typing import Any
 
 from shards.catalog import Catalog
 from shards.errors import UserError
+from shards.files import read_file
 from shards.manifest import INDEX_NAME, PREPARE_FOLDER, read_manifest, to_json
+from shards.reencode import Reencoding
+from shards.select import Selection
 from shards.sources.base import Source
+from shards.tally import IMAGES_KEY
 
 FORMAT = 1
 """Version of everything that decides the bytes of a shard; part of the plan."""
@@ -66,15 +70,22 @@ def cut(catalogs: list[Catalog], shards: int | None, samples_per_shard: int | No
     return ranges
 
 
-def describe_plan(source: Source, catalogs: list[Catalog], ranges: dict[str, list[int]], seed: int) -> dict[str, Any]:
+def describe_plan(
+    source: Source,
+    selection: Selection,
+    reencoding: Reencoding,
+    catalogs: list[Catalog],
+    ranges: dict[str, list[int]],
+    seed: int,
+) -> dict[str, Any]:
     """Everything the result depends on, as it is recorded in index.json."""
     return {
         "format": FORMAT,
         "source": source.name,
-        "options": source.options(),
+        "options": source.options() | selection.record | reencoding.record(),
         "seed": seed,
-        "classes": len(source.classes),
-        "classes_sha256": hashlib.sha256(to_json(source.classes)).hexdigest(),
+        "classes": len(selection.classes),
+        "classes_sha256": hashlib.sha256(to_json(selection.classes)).hexdigest(),
         "splits": {
             catalog.split: {
                 "samples": catalog.count,
@@ -101,10 +112,10 @@ def read_plan(out: Path) -> dict[str, Any] | None:
         record = read_manifest(out).record
         if "splits" not in record:
             raise UserError(f"{out}: holds shards that shards prepare did not write", _MEND)
-        return record
+        return {key: value for key, value in record.items() if key != IMAGES_KEY}
     try:
-        return json.loads((out / PREPARE_FOLDER / PLAN_NAME).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return json.loads(read_file(out / PREPARE_FOLDER / PLAN_NAME))
+    except (FileNotFoundError, ValueError, RecursionError):
         pass
     for path in out.glob("*.tar"):
         raise UserError(f"{path}: is there already, and no {INDEX_NAME} says what made it", _MEND)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from shards.errors import UserError
@@ -45,7 +46,8 @@ def run_tasks(
     context = multiprocessing.get_context("spawn")  # threads and open files of the caller stay out of the workers
     executor = ProcessPoolExecutor(workers, context, _prepare_worker)
     try:
-        futures = {executor.submit(function, task): task for task in tasks}
+        with _interrupts_held():
+            futures = {executor.submit(function, task): task for task in tasks}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
@@ -57,9 +59,20 @@ def run_tasks(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while processes start: they inherit that, and none is interrupted in the middle of imports."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
 def _prepare_worker() -> None:
     # Ctrl-C reaches the whole process group: workers then end at once, the parent alone reports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -9,9 +9,7 @@ from there. `index.json` is written last.
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +19,7 @@ from rich.console import Console
 
 from shards.catalog import Catalog, build_catalog
 from shards.errors import UserError
-from shards.files import exclusive, sha256_file, whole_file, write_whole
-from shards.idx import format_index, index_path, index_tar
-from shards.images import image_extension
+from shards.files import exclusive, sha256_file, write_whole
 from shards.manifest import (
     CLASSES_NAME,
     INDEX_NAME,
@@ -39,30 +35,22 @@ from shards.manifest import (
 from shards.plan import PLAN_NAME, check_counts, cut, describe_plan, other_plan, plan_digest, read_plan
 from shards.pool import run_tasks, usable_cores
 from shards.progress import shard_progress
+from shards.reencode import Reencoding
+from shards.select import Selection, select
+from shards.sidecars import SIDECARS
 from shards.sources.base import Source
-from shards.table import CACHE_FOLDER, ShardTable, join, read_shard, save_cached, split_digest
-from shards.writer import ShardWriter
+from shards.table import CACHE_FOLDER, ShardTable, join, save_cached, split_digest
+from shards.tally import IMAGES_KEY, Tally, summary
+from shards.work import Broken, Job, Task, find_written, write_shard
+
+BROKEN_NAME = "broken.txt"
+"""In the state folder: broken images of the last run, one a line."""
+
+_MOST_SHOWN = 20
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One shard to write, or to find already written."""
-
-    name: str
-    catalog: Catalog
-    start: int
-    stop: int
-    found: Shard | None
-    """What a record of an earlier run says about it."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every worker needs to know; pickled with each task, so it holds nothing per sample."""
-
-    source: Source
-    out: Path
-    plan_digest: str
+STAGED_NAME = "staged"
+"""Folder in the state folder that belongs to the source; see `Source.stage`."""
 
 
 def prepare(
@@ -74,11 +62,19 @@ def prepare(
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
+    class_map: Path | None = None,
+    limit_classes: str | None = None,
+    limit_per_class: int | None = None,
+    reencoding: Reencoding | None = None,
+    check_decode: bool = False,
     console: Console | None = None,
 ) -> Manifest:
     """Write a source as shards with index, or finish what an earlier, interrupted call began.
 
-    The result depends on the source's data, `seed` and the number of shards, and on nothing else.
+    The result depends on the source's data, on `seed`, the number of shards and what is chosen of classes and
+    encoding, and on nothing else. The source must not change meanwhile, which includes the time between an
+    interruption and the next run: added, removed and resized files are noticed and refused, but of a file that was
+    replaced by one of the same size, a shard that is finished keeps the old content.
 
     Args:
         source: what to write.
@@ -88,6 +84,10 @@ def prepare(
         seed: of the shuffle.
         workers: number of processes, by default one per usable core.
         overwrite: remove an earlier data set from `out` first.
+        class_map, limit_classes, limit_per_class: which classes, see `shards.select.select`.
+        reencoding: which images to encode anew; by default all bytes are kept.
+        check_decode: decode every image before it is written, to find broken ones; a data set that is complete is
+            left to `shards.verify.verify`.
         console: where progress and the summary go; nothing is printed without one.
 
     Returns:
@@ -95,10 +95,12 @@ def prepare(
 
     Raises:
         UserError: if the options contradict each other or what is in `out`, another process writes there, an
-            image is unreadable or no image, or the disk is full.
+            image is broken, or the disk is full.
     """
     console = console or Console(quiet=True)
-    check_counts(shards=shards, samples_per_shard=samples_per_shard, workers=workers)
+    reencoding = reencoding or Reencoding()
+    reencoding.check()
+    check_counts(shards=shards, samples_per_shard=samples_per_shard, workers=workers, limit_per_class=limit_per_class)
     out = Path(out)
     _check_apart(source, out)
     _make_folder(out)
@@ -108,10 +110,11 @@ def prepare(
             shutil.rmtree(listing, ignore_errors=True)  # of a killed run
             _make_folder(listing)
             earlier = None if overwrite else read_plan(out)
-            catalogs = [build_catalog(source, split, seed, listing) for split in source.splits]
+            selection = select(source.classes, class_map, limit_classes, limit_per_class)
+            catalogs = [build_catalog(source, split, seed, listing, selection) for split in source.splits]
             ranges = cut(catalogs, shards, samples_per_shard)
-            plan = describe_plan(source, catalogs, ranges, seed)
-            _say_reading(console, source, catalogs)
+            plan = describe_plan(source, selection, reencoding, catalogs, ranges, seed)
+            _say_reading(console, source, selection, catalogs)
             if overwrite:
                 _remove_data_set(out, source.splits)
             elif earlier is not None and earlier != plan:
@@ -121,19 +124,26 @@ def prepare(
             if complete:
                 manifest = read_manifest(out)
             else:
-                job = _Job(source, out, plan_digest(plan))
-                manifest = _write_all(job, plan, tasks, workers or usable_cores(), console)
+                source.stage(out / PREPARE_FOLDER / STAGED_NAME, workers or usable_cores(), console)
+                job = Job(source, out, plan_digest(plan), reencoding, check_decode)
+                manifest = _write_all(job, selection, plan, tasks, workers or usable_cores(), console)
         finally:
             _tidy(out)
-        _say_done(console, manifest, len(source.classes), "nothing to do:" if complete else "")
+        _say_done(console, manifest, len(selection.classes), "nothing to do:" if complete else "")
         return manifest
 
 
-def _write_all(job: _Job, plan: dict[str, Any], tasks: list[_Task], workers: int, console: Console) -> Manifest:
+def _write_all(
+    job: Job, selection: Selection, plan: dict[str, Any], tasks: list[Task], workers: int, console: Console
+) -> Manifest:
     state = job.out / PREPARE_FOLDER
-    _check_space(job.out, tasks)
+    if job.reencoding.resize_short is None:
+        _check_space(job.out, tasks)
     write_whole(state / PLAN_NAME, to_json(plan))
-    (job.out / INDEX_NAME).unlink(missing_ok=True)  # of a data set that has lost some of its shards
+    # a data set that has lost some of its shards: the same plan gives the same index again
+    earlier = read_manifest(job.out).record if (job.out / INDEX_NAME).exists() else {}
+    (job.out / INDEX_NAME).unlink(missing_ok=True)
+    (state / BROKEN_NAME).unlink(missing_ok=True)
     found = sum(task.found is not None for task in tasks)
     if found:
         console.out(
@@ -141,98 +151,75 @@ def _write_all(job: _Job, plan: dict[str, Any], tasks: list[_Task], workers: int
             f"checking them and writing the other {len(tasks) - found:,}",
             highlight=False,
         )
-    workers = min(workers, len(tasks))
-    images = sum(task.stop - task.start for task in tasks)
-    written: dict[str, tuple[Shard, ShardTable]] = {}
-    with shard_progress(console, "writing", len(tasks), images, workers) as advance:
-        for task, result in run_tasks(partial(_write_shard, job), tasks, workers):
-            written[task.name] = result
-            advance(task.stop - task.start)
+    tallies = {split: Tally() for split in job.source.splits}
+    shards, tables = _run(job, tasks, tallies, min(workers, len(tasks)), console)
     splits: dict[str, tuple[Shard, ...]] = {}
     for split in job.source.splits:
-        results = [written[task.name] for task in tasks if task.catalog.split == split]
-        splits[split] = tuple(shard for shard, _ in results)
-        samples = join(split, splits[split], [table for _, table in results])
+        names = [task.name for task in tasks if task.catalog.split == split]
+        splits[split] = tuple(shards[name] for name in names)
+        samples = join(split, splits[split], [tables.pop(name) for name in names])
         save_cached(job.out, split, split_digest(splits[split]), samples, scratch=state)
-    manifest = Manifest(job.out, job.source.name, splits, plan)
-    write_classes(job.out, job.source.classes, scratch=state)
+    images = earlier.get(IMAGES_KEY) or {split: tally.split_record() for split, tally in tallies.items()}
+    manifest = Manifest(job.out, job.source.name, splits, plan | {IMAGES_KEY: images})
+    titles = selection.titles(job.source.classes, job.source.titles)
+    write_classes(job.out, selection.classes, titles, scratch=state)
     write_manifest(manifest, scratch=state)
     return manifest
 
 
-def _write_shard(job: _Job, task: _Task) -> tuple[Shard, ShardTable]:
-    """Write one shard with its index and its record, unless a record's shard is there and intact."""
-    tar = job.out / f"{task.name}.tar"
-    state = job.out / PREPARE_FOLDER
-    if task.found is not None and sha256_file(tar) == task.found.sha256:
-        index = index_tar(tar)
-        if not index_path(tar).exists() or index_path(tar).read_bytes() != index:
-            write_whole(index_path(tar), index, state)
-        return task.found, read_shard(tar)
-    with whole_file(tar, state) as file:
-        writer = ShardWriter(file)
-        for entry in task.catalog.read(task.start, task.stop):
-            image = job.source.read(entry.locator)
-            extension = image_extension(image)
-            place = job.source.place(entry.locator)
-            if extension is None:
-                raise UserError(
-                    f"{place}: not an image" + ("" if image else ": the file is empty"),
-                    f"It begins with {image[:16]!r}. Repair or remove the file, then run the same command again.",
-                )
-            if entry.size not in (-1, len(image)):
-                raise UserError(
-                    f"{place}: changed while it was read: {entry.size:,} bytes in the listing, now {len(image):,}",
-                    "Run the same command again when nothing writes to the source any more.",
-                )
-            writer.add(entry.key, entry.label, image, extension)
-        sha256 = writer.close()
-    write_whole(index_path(tar), format_index(writer.samples), state)
-    shard = Shard(tar, task.stop - task.start, writer.size, sha256)
-    record = {"plan": job.plan_digest, "samples": shard.samples, "size": shard.size, "sha256": sha256}
-    write_whole(state / f"{task.name}.json", to_json(record))
-    return shard, read_shard(tar)
+def _run(
+    job: Job, tasks: list[Task], tallies: dict[str, Tally], workers: int, console: Console
+) -> tuple[dict[str, Shard], dict[str, ShardTable]]:
+    """Write all shards and add up what is in them.
+
+    Raises:
+        UserError: in the end, naming every broken image; mending them one by one would take a run for each.
+    """
+    shards: dict[str, Shard] = {}
+    tables: dict[str, ShardTable] = {}
+    broken: list[str] = []
+    images = sum(task.stop - task.start for task in tasks)
+    with shard_progress(console, "writing", len(tasks), images, workers) as advance:
+        for task, result in run_tasks(partial(write_shard, job), tasks, workers):
+            if isinstance(result, Broken):
+                if not broken:
+                    console.out(f"broken    {result.images[0]}\n          looking for others", highlight=False)
+                broken += result.images
+            else:
+                shards[task.name], tables[task.name] = result.shard, result.table
+                if result.images is not None:
+                    tallies[task.catalog.split].join(task.number, result.images)
+            advance(task.stop - task.start)
+    if broken:
+        raise _broken(job.out, sorted(broken))
+    return shards, tables
 
 
-def _make_tasks(out: Path, plan: dict[str, Any], catalogs: list[Catalog], ranges: dict[str, list[int]]) -> list[_Task]:
-    found = _read_records(out, plan_digest(plan))
+def _broken(out: Path, images: list[str]) -> UserError:
+    mend = "Repair or remove them, then run the same command again."
+    if len(images) == 1:
+        return UserError(images[0], mend.replace("them", "it"))
+    path = out / PREPARE_FOLDER / BROKEN_NAME
+    write_whole(path, "".join(f"{line}\n" for line in images).encode("utf-8", "surrogateescape"))
+    shown = images[:_MOST_SHOWN]
+    rest = (f"… and {len(images) - len(shown):,} more",) if len(images) > len(shown) else ()
+    return UserError(f"{len(images):,} images are broken; all are listed in {path}", *shown, *rest, mend)
+
+
+def _make_tasks(out: Path, plan: dict[str, Any], catalogs: list[Catalog], ranges: dict[str, list[int]]) -> list[Task]:
+    found = find_written(out, plan_digest(plan))
     tasks = []
     for catalog in catalogs:
-        bounds = ranges[catalog.split]
-        for number, (start, stop) in enumerate(pairwise(bounds)):
+        for number, (start, stop) in enumerate(pairwise(ranges[catalog.split])):
             name = f"{catalog.split}-{number:05d}"
-            tasks.append(_Task(name, catalog, start, stop, found.get(name)))
+            tasks.append(Task(name, number, catalog, start, stop, found.get(name)))
     return tasks
 
 
-def _read_records(out: Path, digest: str) -> dict[str, Shard]:
-    """Shards of this plan that earlier runs finished and whose tar and index are still there in full size."""
-    shards: dict[str, Shard] = {}
-    if (out / INDEX_NAME).exists():
-        for split in read_manifest(out).splits.values():
-            shards |= {shard.path.stem: shard for shard in split}
-    for path in (out / PREPARE_FOLDER).glob("*-*.json"):
-        try:
-            record = json.loads(path.read_bytes())
-            if record["plan"] == digest:
-                tar = out / f"{path.stem}.tar"
-                shards[path.stem] = Shard(tar, record["samples"], record["size"], record["sha256"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # no record, no shard: it is written again
-    return {name: shard for name, shard in shards.items() if _is_there(shard)}
-
-
-def _is_there(shard: Shard) -> bool:
-    try:
-        return shard.path.stat().st_size == shard.size and index_path(shard.path).exists()
-    except OSError:
-        return False
-
-
-def _check_space(out: Path, tasks: list[_Task]) -> None:
+def _check_space(out: Path, tasks: list[Task]) -> None:
     """Refuse at once what cannot fit, where the source knows its sizes; headers and padding are not counted."""
     needed = sum({task.catalog.split: task.catalog.image_bytes for task in tasks}.values())
-    needed -= sum(task.found.size for task in tasks if task.found is not None)
+    needed -= sum(task.found.shard.size for task in tasks if task.found is not None)
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
@@ -260,7 +247,8 @@ def _make_folder(folder: Path) -> None:
 def _tidy(out: Path) -> None:
     """Remove the listing; and the whole state once the data set is complete, or if it never began."""
     state = out / PREPARE_FOLDER
-    if (out / INDEX_NAME).exists() or not (state / PLAN_NAME).exists():
+    begun = (state / PLAN_NAME).exists() or any((state / STAGED_NAME).glob("*.json"))
+    if (out / INDEX_NAME).exists() or not begun:
         shutil.rmtree(state, ignore_errors=True)
     else:
         shutil.rmtree(state / "listing", ignore_errors=True)
@@ -269,10 +257,11 @@ def _tidy(out: Path) -> None:
 def _remove_data_set(out: Path, splits: tuple[str, ...]) -> None:
     """Remove what `prepare` writes, the new listing excepted; other files in the folder are left alone."""
     names = {*splits, "train", "val"}
+    suffixes = {".tar", *(sidecar.suffix for sidecar in SIDECARS)}
     (out / INDEX_NAME).unlink(missing_ok=True)  # first: what is left is then an incomplete data set
     for path in out.iterdir():
         split, _, number = path.stem.rpartition("-")
-        is_shard = split in names and len(number) == 5 and number.isdigit() and path.suffix in (".tar", ".idx")
+        is_shard = split in names and len(number) == 5 and number.isdigit() and path.suffix in suffixes
         if is_shard or path.name in (INFO_NAME, CLASSES_NAME):
             path.unlink()
     for path in (out / PREPARE_FOLDER).glob("*.json"):
@@ -280,16 +269,22 @@ def _remove_data_set(out: Path, splits: tuple[str, ...]) -> None:
     shutil.rmtree(out / CACHE_FOLDER, ignore_errors=True)
 
 
-def _say_reading(console: Console, source: Source, catalogs: list[Catalog]) -> None:
+def _say_reading(console: Console, source: Source, selection: Selection, catalogs: list[Catalog]) -> None:
     images = " / ".join(f"{catalog.count:,} {catalog.split}" for catalog in catalogs)
     size = sum(catalog.image_bytes for catalog in catalogs)
-    line = f"reading   {source.name}   {len(source.classes):,} classes · {images} images"
+    classes = f"{len(selection.classes):,}"
+    if len(selection.classes) != len(source.classes):
+        classes += f" (from {len(source.classes):,})"
+    line = f"reading   {source.name}   {classes} classes · {images} images"
     console.out(line + (f" · {size / 1e6:,.1f} MB" if size else ""), highlight=False)
     for note in source.notes():
         console.out(f"note      {note}", highlight=False)
 
 
 def _say_done(console: Console, manifest: Manifest, classes: int, before: str = "") -> None:
+    normalized = manifest.record["options"].get("normalize_odd", False)
+    for line in summary(manifest.record.get(IMAGES_KEY, {}), normalized):
+        console.out(line, highlight=False)
     digest = sha256_file(manifest.root / INDEX_NAME)
     shards = sum(map(len, manifest.splits.values()))
     images = " / ".join(f"{sum(s.samples for s in part):,} {name}" for name, part in manifest.splits.items())

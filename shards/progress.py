@@ -17,7 +17,7 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def shard_progress(
-    console: Console, verb: str, shards: int, images: int, workers: int, finished: int = 0
+    console: Console, verb: str, shards: int, images: int, workers: int, finished: int = 0, unit: str = "shards"
 ) -> Iterator[Advance]:
     """Show how far a command over shards has come.
 
@@ -28,13 +28,14 @@ def shard_progress(
         images: number in all, over which the bar runs.
         workers: number of processes, shown to the person.
         finished: shards that need no work.
+        unit: what to call the shards, where they are files of another kind.
     """
     started = time.perf_counter()
     done_shards, done_images = finished, 0
 
     def status() -> str:
         rate = done_images / max(time.perf_counter() - started, 1e-9)
-        return f"{done_shards:,}/{shards:,} shards   {rate:,.0f} img/s"
+        return f"{done_shards:,}/{shards:,} {unit}   {rate:,.0f} img/s"
 
     if not console.is_terminal:
         last_line = started

@@ -8,26 +8,28 @@ every process maps into memory and shares.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from platformdirs import user_cache_path
 
 from shards.errors import UserError
-from shards.files import whole_file
-from shards.idx import IndexedSample, index_path, read_index
-from shards.images import IMAGE_EXTENSIONS
+from shards.files import opened, whole_file
+from shards.idx import IndexedSample, index_path, list_samples, read_index
+from shards.labels import Labels, is_number, read_sample
 from shards.manifest import Shard
 
 SAMPLE_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("shard", "<u4"), ("label", "<i4")])
 """One sample: offset and size in bytes of its image inside its tar, number of the shard in the split, label."""
 
+MAX_IMAGE_BYTES = 2**32 - 1
+"""That a table can express."""
+
 CACHE_FOLDER = ".cache"
-_LABEL_BYTES = 32
-"""More than any number needs; a longer ``.cls`` is not a label."""
 
 
 @dataclass(frozen=True)
@@ -38,65 +40,57 @@ class ShardTable:
     """SAMPLE_DTYPE [n]; ``shard`` is 0 until `join` numbers the shards."""
     key_hashes: np.ndarray
     """uint64 [n]"""
+    by_name: bool = False
+    """Whether some label was a name that was looked up in the classes."""
 
 
-def read_shard(tar: Path) -> ShardTable:
-    """Build the table of one shard from its ``.idx`` and its ``.cls`` members.
+def read_shard(tar: Path, labels: Labels | None = None) -> ShardTable:
+    """Build the table of one shard from its ``.idx`` and its labels, by default those in ``.cls``.
+
+    Raises:
+        UserError: as `build_table`.
+    """
+    return build_table(tar, read_index(index_path(tar)), labels)
+
+
+def build_table(
+    tar: Path,
+    indexed: Sequence[IndexedSample],
+    labels: Labels | None = None,
+    on_fault: Callable[[UserError], None] | None = None,
+) -> ShardTable:
+    """Build the table of one shard, reading nothing but its labels.
 
     The image and the label may come in either order, and other components may stand beside them.
 
+    Args:
+        tar: the shard.
+        indexed: where the components of its samples lie.
+        labels: how its samples are labelled, by default with a number in ``.cls``.
+        on_fault: receives what is wrong with single samples, whose rows then get size 0 and label -1; without
+            it the first fault is raised.
+
     Raises:
-        UserError: naming shard and key, if a sample has no image or no label, or the label is no number.
+        UserError: naming shard and key, if a sample has no image or no label, or the label names no class.
     """
-    indexed = read_index(index_path(tar))
+    labels = labels or Labels()
     samples = np.zeros(len(indexed), SAMPLE_DTYPE)
     key_hashes = np.empty(len(indexed), np.uint64)
-    try:
-        descriptor = os.open(tar, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{tar}: cannot be opened: {error.strerror}") from error
-    try:
+    by_name = False
+    with opened(tar) as descriptor:
         for row, sample in enumerate(indexed):
-            offset, size, label = _sample_row(tar, descriptor, sample)
-            samples[row] = (offset, size, 0, label)
             key_hashes[row] = hash_key(sample.key)
-    finally:
-        os.close(descriptor)
-    return ShardTable(samples, key_hashes)
-
-
-def _sample_row(tar: Path, descriptor: int, sample: IndexedSample) -> tuple[int, int, int]:
-    image = label = None
-    place = f"{tar}: key {sample.key}"
-    seen = set()
-    for component in sample.components:
-        extension = component.extension.lower()
-        if extension in seen:
-            raise UserError(
-                f"{place}: two members of this key have the extension .{extension}",
-                "webdataset refuses such shards as well. Make the shard again with a key of its own per sample.",
-            )
-        seen.add(extension)
-        if extension == "cls":
-            label = component
-        elif image is None and extension in IMAGE_EXTENSIONS:
-            image = component
-    if image is None or label is None:
-        names = " and ".join(component.name for component in sample.components)
-        raise UserError(
-            f"{place}: has no {'image' if image is None else 'label (.cls)'}; it consists of {names}",
-            "Every sample needs one image and one .cls with its class number.",
-            "Members of one sample must be neighbours in the tar; tar --sort=name makes them so.",
-        )
-    if image.size >= 2**32:
-        raise UserError(f"{place}: an image of {image.size:,} bytes")
-    text = os.pread(descriptor, min(label.size, _LABEL_BYTES), label.offset)
-    if label.size > _LABEL_BYTES or not text.strip().isdigit() or int(text) >= 2**31:
-        raise UserError(
-            f"{place}: label {text!r} in {label.name} is no class number",
-            "A .cls member holds one whole number from 0 on, in decimal digits.",
-        )
-    return image.offset, image.size, int(text)
+            try:
+                image, text, label = read_sample(tar, descriptor, sample, labels)
+            except UserError as error:
+                if on_fault is None:
+                    raise
+                on_fault(error)
+                samples[row] = (0, 0, 0, -1)
+                continue
+            samples[row] = (image.offset, image.size, 0, label)
+            by_name = by_name or not is_number(text)
+    return ShardTable(samples, key_hashes, by_name)
 
 
 def hash_key(key: str) -> int:
@@ -117,6 +111,17 @@ def join(split: str, shards: Sequence[Shard], tables: Sequence[ShardTable]) -> n
 
 
 def _check_keys_differ(split: str, shards: Sequence[Shard], tables: Sequence[ShardTable]) -> None:
+    for key, first, second in repeated_keys(shards, tables):
+        places = " and ".join(dict.fromkeys((str(first), str(second))))
+        raise UserError(
+            f"{places}: two samples of split {split!r} have the key {key}",
+            "One of them would never be reached by its key. If the tar is not sorted, so that parts of",
+            "one sample are apart, sort it (tar --sort=name); otherwise rename one of the two.",
+        )
+
+
+def repeated_keys(shards: Sequence[Shard], tables: Sequence[ShardTable]) -> Iterator[tuple[str, Path, Path]]:
+    """Each key that comes again in a split: the key, the shard where it was first, and the shard where it is again."""
     hashes = np.sort(np.concatenate([table.key_hashes for table in tables]))
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     if not len(repeated):
@@ -124,22 +129,24 @@ def _check_keys_differ(split: str, shards: Sequence[Shard], tables: Sequence[Sha
     found: dict[str, Path] = {}  # the keys themselves: two keys could share a hash
     for shard, table in zip(shards, tables, strict=True):
         rows = np.flatnonzero(np.isin(table.key_hashes, repeated))
-        indexed = read_index(index_path(shard.path)) if len(rows) else []
+        samples = list_samples(shard.path) if len(rows) else []
         for row in rows:
-            key = indexed[row].key
+            key = samples[row].key
             if key in found:
-                places = " and ".join(dict.fromkeys((str(found[key]), str(shard.path))))
-                raise UserError(
-                    f"{places}: two samples of split {split!r} have the key {key}",
-                    "One of them would never be reached by its key. If the tar is not sorted, so that parts of",
-                    "one sample are apart, sort it (tar --sort=name); otherwise rename one of the two.",
-                )
-            found[key] = shard.path
+                yield key, found[key], shard.path
+            found.setdefault(key, shard.path)
 
 
-def split_digest(shards: Sequence[Shard]) -> str:
-    """SHA-256, in hexadecimal, over the shards' sha256 and counts in order; folder and file names do not enter."""
+def split_digest(shards: Sequence[Shard], record: Mapping[str, Any] | None = None) -> str:
+    """SHA-256, in hexadecimal, over what a split consists of; folder and file names do not enter.
+
+    Args:
+        shards: their sha256 and counts enter, in order.
+        record: of the index; how labels are read enters where it is not the usual ``.cls``.
+    """
     text = "".join(f"{shard.sha256} {shard.samples}\n" for shard in shards)
+    if record and record.get("label"):
+        text += json.dumps(record["label"], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,10 +1,12 @@
 """Where the members of a tar lie, from its headers alone.
 
-The scanner reads one 512-byte block per header and skips the data, so a shard of 140 MB costs some thousand
-small reads. It knows what shards contain in practice: ustar (with prefix), GNU long names and base-256 sizes,
-PAX paths and sizes. Everything that `tarfile` would forgive is an error here, because an index built over a
-damaged or hostile tar would carry the damage into a training run: bad checksums, a missing end of archive,
-links, devices, sparse files, absolute paths and ``..``.
+The scanner reads one page per header and skips the data, so a shard of 140 MB costs some thousand small reads. It
+knows what shards contain in practice: ustar (with prefix), GNU long names and base-256 sizes, PAX paths and sizes.
+Everything that `tarfile` would forgive is an error here, because an index built over a damaged or hostile tar would
+carry the damage into a training run: bad checksums, a missing end of archive, links, devices, sparse files, absolute
+paths and ``..``.
+
+A tar that lies inside another one, as ImageNet's classes do, is scanned where it is.
 
 Layout: POSIX.1-2001 (pax) and the GNU tar manual, "Basic Tar Format".
 """
@@ -12,9 +14,10 @@ Layout: POSIX.1-2001 (pax) and the GNU tar manual, "Basic Tar Format".
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from shards.errors import UserError
 
@@ -25,10 +28,16 @@ RECORD = 20 * BLOCK
 """Archives are padded with zeros to a multiple of this many bytes, as tar has always done."""
 
 _ZERO_BLOCK = bytes(BLOCK)
-_REGULAR_TYPES = (b"0", b"\0", b"7")
+_REGULAR_TYPES = (b"0", b"\0")
 _DIRECTORY = b"5"
 _MAX_EXTENSION_BYTES = 1 << 20
 """No honest name needs more; a larger PAX or long-name header is an attempt to exhaust memory."""
+_MAX_EXTENSIONS = 16
+"""In a row. One or two are usual: a PAX header, perhaps a global one; long name and long link target."""
+_MAX_PADDING = 1 << 24
+"""Tars with larger records than usual (``tar --blocking-factor``) end with more zeros, but never so many."""
+_READ_BYTES = 4096
+"""At each header; a page costs no more than a block, and often holds a label and the next header as well."""
 
 _REFUSED_TYPES = {
     b"1": "a hard link",
@@ -36,13 +45,13 @@ _REFUSED_TYPES = {
     b"3": "a character device",
     b"4": "a block device",
     b"6": "a FIFO",
+    b"7": "a contiguous file",  # no program writes these any more, and readers disagree about them
     b"S": "a sparse file",
     b"M": "a part of a multi-volume archive",
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One regular file inside a tar; offsets and sizes in bytes."""
 
     name: str
@@ -54,8 +63,8 @@ class Member:
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and extension of a member name, by webdataset's rule: at the first dot after the last slash.
 
-    ``train/n01.0.seg.png`` → ``("train/n01", "0.seg.png")``. None for names without an extension and for hidden
-    files, which webdataset and DALI's ``wds2idx`` leave out as well.
+    ``train/n01.0.seg.png`` → ``("train/n01", "0.seg.png")``. None for names without an extension, which webdataset
+    leaves out, and for hidden files, which DALI's ``wds2idx`` leaves out as well.
     """
     dot = name.find(".", name.rfind("/") + 1)
     if dot <= 0 or name[dot - 1] == "/":
@@ -63,8 +72,13 @@ def split_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :]
 
 
-def scan(path: Path) -> Iterator[Member]:
+def scan(path: Path, inner: Member | None = None) -> Iterator[Member]:
     """The regular files of a tar, in order of appearance.
+
+    Args:
+        path: the tar.
+        inner: a member of it that is a tar itself: the files of that one are listed instead. Their offsets
+            count from the beginning of `path`, and none may reach beyond the inner tar's end.
 
     Raises:
         UserError: naming the tar and the byte offset, if it is truncated, damaged, or holds anything that
@@ -77,39 +91,67 @@ def scan(path: Path) -> Iterator[Member]:
     except OSError as error:
         raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
     try:
-        yield from _Scanner(path, descriptor).members()
+        place, start, end = str(path), 0, os.fstat(descriptor).st_size
+        if inner is not None:
+            place, start, end = f"{path}: {inner.name}", inner.offset, min(end, inner.offset + inner.size)
+        yield from _Scanner(place, partial(os.pread, descriptor), start, end).members()
     finally:
         os.close(descriptor)
 
 
+def scan_bytes(data: bytes, place: str) -> Iterator[Member]:
+    """`scan` for a small tar in memory, such as one that was compressed; `place` names it in messages."""
+    return _Scanner(place, lambda size, position: data[position : position + size], 0, len(data)).members()
+
+
 class _Scanner:
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
-        self.descriptor = descriptor
-        self.end = os.fstat(descriptor).st_size
+    """The tar at bytes `start` to `end` of what `pread` reads, which takes a size and a position."""
+
+    def __init__(self, place: str, pread: Callable[[int, int], bytes], start: int, end: int) -> None:
+        self.place = place
+        self.pread = pread
+        self.start = start
+        self.end = end
+        self._page, self._page_start = b"", start
 
     def fault(self, position: int, what: str, *mend: str) -> UserError:
-        return UserError(f"{self.path}: byte {position:,}: {what}", *mend)
+        return UserError(f"{self.place}: byte {position:,}: {what}", *mend)
 
-    def read(self, position: int, size: int, what: str) -> bytes:
+    def read_up_to(self, position: int, size: int) -> bytes:
+        """Fewer bytes than `size` only at the end of the tar."""
+        size = min(size, self.end - position)
         try:
-            data = os.pread(self.descriptor, size, position) if size else b""
+            return self.pread(size, position) if size > 0 else b""
         except OSError as error:
             raise self.fault(position, f"cannot be read: {error.strerror}") from error
+
+    def read(self, position: int, size: int, what: str) -> bytes:
+        data = self.read_up_to(position, size)
         if len(data) < size:
             raise self.fault(
                 position,
                 f"truncated inside {what}",
-                f"{size:,} bytes are needed there, the file ends at {self.end:,}.",
-                "Copy or make this shard again.",
+                f"{size:,} bytes are needed there, the tar ends at {self.end:,}.",
+                "Copy or make it again.",
             )
         return data
 
+    def header(self, position: int) -> bytes:
+        start = position - self._page_start
+        header = self._page[start : start + BLOCK]
+        if len(header) < BLOCK:
+            self._page, self._page_start = self.read_up_to(position, _READ_BYTES), position
+            header = self._page[:BLOCK]
+        if len(header) < BLOCK:
+            return self.read(position, BLOCK, "a header, or the end-of-archive blocks are missing")
+        return header
+
     def members(self) -> Iterator[Member]:
-        position = 0
+        position = self.start
         overrides: dict[str, str] = {}  # of the next member only: "path" and "size", as PAX calls them
+        extensions = 0
         while True:
-            header = self.read(position, BLOCK, "a header, or the end-of-archive blocks are missing")
+            header = self.header(position)
             if header == _ZERO_BLOCK:
                 return self._check_end(position)
             self._check_sum(position, header)
@@ -121,11 +163,14 @@ class _Scanner:
                 if kind == b"g" and extension.keys() & {"path", "size"}:
                     raise self.fault(position, "a global PAX header that renames or resizes every member")
                 overrides |= extension
+                extensions += 1
+                if extensions > _MAX_EXTENSIONS:
+                    raise self.fault(position, f"more than {_MAX_EXTENSIONS} extension headers in a row")
             else:
                 if kind in _REGULAR_TYPES and "size" in overrides:
                     size = self._decimal(position, overrides["size"])
                 name = overrides.get("path") or self._plain_name(position, header)
-                overrides = {}
+                overrides, extensions = {}, 0
                 self._check_name(position, name)
                 if kind == _DIRECTORY or (kind == b"\0" and name.endswith("/")):
                     size = 0
@@ -133,20 +178,20 @@ class _Scanner:
                     if data + size > self.end:
                         raise self.fault(
                             data,
-                            f"truncated: {name} needs {size:,} bytes, the file ends at {self.end:,}",
-                            "Copy or make this shard again.",
+                            f"truncated: {name} needs {size:,} bytes, the tar ends at {self.end:,}",
+                            "Copy or make it again.",
                         )
                     yield Member(name, data, size)
                 else:
                     what = _REFUSED_TYPES.get(kind, f"a member of unknown type {kind!r}")
-                    raise self.fault(position, f"{name} is {what}; a shard holds regular files only")
+                    raise self.fault(position, f"{name} is {what}; only regular files are read")
             position = data + -(-size // BLOCK) * BLOCK
 
     def _check_end(self, position: int) -> None:
         """Two zero blocks end an archive; what follows may only be padding."""
         tail = self.read(position, 2 * BLOCK, "the end-of-archive blocks")
-        tail += os.pread(self.descriptor, RECORD, position + 2 * BLOCK)
-        if tail.strip(b"\0"):
+        tail += self.read_up_to(position + 2 * BLOCK, _MAX_PADDING)
+        if tail.strip(b"\0") or position + len(tail) < self.end:
             raise self.fault(
                 position,
                 "data after the end of the archive",
@@ -165,7 +210,7 @@ class _Scanner:
             raise self.fault(
                 position,
                 "not a tar header (wrong checksum)",
-                "The shard is damaged, compressed, or no tar at all. Copy or make it again.",
+                "The tar is damaged, compressed, or no tar at all. Copy or make it again.",
             )
 
     def _number(self, position: int, field: bytes, what: str) -> int:
@@ -173,12 +218,11 @@ class _Scanner:
             return int.from_bytes(field[1:], "big")
         text = field.partition(b"\0")[0].strip()
         try:
-            number = int(text, 8) if text else 0
+            if text and not text.isdigit():  # int() takes signs, underscores and prefixes
+                raise ValueError
+            return int(text or b"0", 8)
         except ValueError:
-            number = -1
-        if number < 0:
-            raise self.fault(position, f"not a tar header ({what} is no octal number)")
-        return number
+            raise self.fault(position, f"not a tar header ({what} is no octal number)") from None
 
     def _decimal(self, position: int, text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= 20):
@@ -222,7 +266,7 @@ class _Scanner:
             if length > len(data) - start or not equals or not value.endswith(b"\n"):
                 raise self.fault(position, "a damaged PAX header")
             if key.startswith(b"GNU.sparse."):
-                raise self.fault(position, "a sparse file; a shard holds regular files only")
+                raise self.fault(position, "a sparse file; only regular files are read")
             if key in (b"path", b"size"):
                 records[key.decode()] = self._text(position, value[:-1])
             start += length
@@ -233,5 +277,5 @@ class _Scanner:
             raise self.fault(
                 position,
                 f"unsafe member name {name[:200]!r}",
-                "Names must be relative and stay inside the shard's own folder.",
+                "Names must be relative and stay inside the tar's own folder.",
             )

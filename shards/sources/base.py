@@ -7,6 +7,7 @@ disk once, shuffles it there, and hands each worker process the source (pickled)
 - `entries` must be a generator that keeps nothing per sample, in an order that depends only on the data;
 - instances must pickle small: roots and options, no listings, no open files (open them in `read`, on demand);
 - `read` returns the image's original bytes, never decoded and encoded again;
+- where the data's own files give no single image, `stage` lays the images out first;
 - anything wrong with the data is a `UserError` that names the file.
 
 To add one: write ``shards/sources/<name>.py`` with a subclass of `Source`, register it in
@@ -17,10 +18,13 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
+
+from rich.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,14 @@ class Entry:
 class Source(ABC):
     """A labelled set of images in one or more splits."""
 
-    name: ClassVar[str]
+    name: str
     """On the command line and in index.json."""
     summary: ClassVar[str]
     """One line for --help."""
     classes: tuple[str, ...]
-    """Names in label order."""
+    """Names in label order, all different; see `make_distinct`."""
+    titles: tuple[str, ...] | None = None
+    """What a person calls each class, where `classes` are WordNet ids; "" for those without a name."""
     splits: tuple[str, ...]
     """Such as ("train", "val")."""
 
@@ -76,6 +82,23 @@ class Source(ABC):
             UserError: naming the file, if it cannot be read.
         """
 
+    def stage(self, folder: Path, workers: int, console: Console) -> None:
+        """Make the images readable one by one, where the source's own files do not allow that; nothing by default.
+
+        Called once, after the listing and before the first `read`, when there are shards to write. What is left in
+        `folder` by an interrupted run is found there by the next one, which should go on from it; all of it is
+        removed when the data set is complete. The bytes that `read` returns must depend on none of this.
+
+        Args:
+            folder: the source's own, inside the output folder; need not exist.
+            workers: number of processes to use.
+            console: where progress goes.
+
+        Raises:
+            UserError: if there is not enough space, or the data are not what the listing said.
+        """
+        return
+
     def folders(self) -> tuple[Path, ...]:
         """Folders whose whole content is taken for data; the shards must not be written inside them."""
         return ()
@@ -104,10 +127,20 @@ def make_key(*parts: str) -> str:
     return "_".join("".join(kept).split()) or "_"
 
 
+_NOT_PLAIN = frozenset(" ./\\")
+"""Printable, and still no part of a key; all other white space is unprintable."""
+
+
 def _is_plain(character: str) -> bool:
-    return character.isprintable() and not character.isspace() and character not in "./\\"
+    return character.isprintable() and character not in _NOT_PLAIN
+
+
+def make_distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Class names that can be told apart: one that repeats gets its label, ``crane (134)`` and ``crane (517)``."""
+    counts = Counter(names)
+    return tuple(f"{name} ({label})" if counts[name] > 1 else name for label, name in enumerate(names))
 
 
 def is_valid_key(key: str) -> bool:
     """Whether a key survives tar, webdataset's splitting rule and the ``.idx`` format."""
-    return bool(key) and all(map(_is_plain, key))
+    return bool(key) and key.isprintable() and _NOT_PLAIN.isdisjoint(key)

@@ -139,7 +139,8 @@ def write_tar() -> Callable[..., Path]:
         with path.open("wb") as file:
             writer = ShardWriter(file)
             for name, data in members:
-                writer._member(*name.split(".", 1), data)
+                key, extension = name.split(".", 1)
+                writer._append(key, (extension, data))
             writer.close()
         return path
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from pathlib import Path
 
 import pytest
 
 from shards.errors import UserError
-from shards.tar import BLOCK, Member, scan, split_name
+from shards.tar import BLOCK, Member, scan, scan_bytes, split_name
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 
@@ -95,6 +96,35 @@ def test_truncation_anywhere_is_an_error_naming_shard_and_byte(tmp_path, format)
         assert "truncated" in error.value.headline, (length, error.value)
     path.write_bytes(whole[:end])
     assert list(scan(path)) == expected
+
+
+def nest(path: Path, content: bytes) -> Member:
+    """Write a tar with the tar `content` in the middle of it."""
+    path.write_bytes(build([member("a.tar", build([])), member("b.tar", content), member("c.tar", b"c" * 3000)]))
+    return list(scan(path))[1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_tar_inside_a_tar_is_scanned_in_place(tmp_path, format):
+    files = {f"n01_{i}.JPEG": os.urandom(size) for i, size in enumerate(SIZES)}
+    path = tmp_path / "outer.tar"
+    content = build([member(name, data) for name, data in files.items()], FORMATS[format])
+    inner = nest(path, content)
+    whole = path.read_bytes()
+    found = list(scan(path, inner))
+    assert {m.name: whole[m.offset : m.offset + m.size] for m in found} == files
+    assert list(scan_bytes(content, "memory")) == [Member(m.name, m.offset - inner.offset, m.size) for m in found]
+
+
+def test_nothing_beyond_the_end_of_an_inner_tar_is_read(tmp_path):
+    path = tmp_path / "outer.tar"
+    inner = nest(path, build([member("a.jpg", b"a" * 700), member("b.jpg", b"b" * 700)]))
+    for size in (*range(0, 6 * BLOCK, 100), 6 * BLOCK, 7 * BLOCK):
+        with pytest.raises(UserError, match=r"outer\.tar: b\.tar: byte [\d,]+: truncated") as error:
+            list(scan(path, Member("b.tar", inner.offset, size)))
+        assert f"ends at {inner.offset + size:,}" in str(error.value)
+    exact = Member("b.tar", inner.offset, 8 * BLOCK)
+    assert [m.name for m in scan(path, exact)] == ["a.jpg", "b.jpg"], "the next member is no padding of this tar"
 
 
 HOSTILE = {
