@@ -7,6 +7,7 @@ few images.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,13 +15,13 @@ import torch
 from torch import nn
 
 from pipeline import checkpoint, config, model, resume
+from pipeline.dataset import open_split
 from pipeline.decode import PillowDecoder
 from pipeline.evaluate import Result, evaluate
 from pipeline.loader import Loader, default_threads, evaluation_requests
-from pipeline.reader import ShardReader
+from pipeline.readers import evaluation_reader, reads_in_sequence
 from pipeline.schema import Transform
 from shards.errors import UserError
-from shards.index import load_split
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,21 +36,24 @@ def run(args: argparse.Namespace) -> int:
     overrides = [f"recipe.data={json.dumps(args.data)}"] if args.data else []
     experiment = config.load(config_path, overrides)
     recipe = experiment.recipe
-    split = load_split(Path(recipe.data), recipe.evaluation.split)
+    split = open_split(recipe, recipe.evaluation.split)
     network = model.create(recipe.model, len(split.classes), recipe.seed, recipe.transform.size)
     checkpoint.load_weights(weights, network)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, and it is not fp32
-    reader = ShardReader(split)
-    requests = evaluation_requests(len(split), recipe.evaluation.micro_batch_size or 64, rank=0, world_size=1)
-    with Loader(
-        reader,
-        PillowDecoder(recipe.transform, recipe.seed),
-        requests,
-        threads=default_threads(1),
-        prefetch=recipe.loader.prefetch,
-        pin=device.type == "cuda",
-    ) as batches:
+    micro = recipe.evaluation.micro_batch_size or 64
+    requests = evaluation_requests(len(split), micro, 0, 1, contiguous=reads_in_sequence(split))
+    with (
+        contextlib.closing(evaluation_reader(split, recipe, rank=0, world_size=1)) as reader,
+        Loader(
+            reader,
+            PillowDecoder(recipe.transform, recipe.seed),
+            requests,
+            threads=default_threads(1),
+            prefetch=recipe.loader.prefetch,
+            pin=device.type == "cuda",
+        ) as batches,
+    ):
         result = evaluate(
             _fp32_forward(network.to(device).eval(), recipe.transform, device),
             batches,

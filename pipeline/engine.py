@@ -50,6 +50,12 @@ class World:
     local_size: int
     device: torch.device
 
+    @property
+    def local_ranks(self) -> range:
+        """The ranks on this host, which every launcher numbers one after the other by default."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_size)
+
 
 def join(world_size: int | None = None) -> World:
     """Join the process group that the launcher set up (deepspeed, torchrun, MPI), or be a group of one.

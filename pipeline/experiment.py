@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from pathlib import Path
 
 from pipeline import plan as plans
 from pipeline.config import Config
+from pipeline.dataset import AnySplit, check_capacity, open_split
 from pipeline.plan import Plan
 from shards.errors import UserError
-from shards.index import Split, load_split
 
 MONITOR_PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboard"),
@@ -42,16 +41,25 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return args.set + [f"recipe.{key}={json.dumps(value)}" for key, value in named if value is not None]
 
 
-def open_run(config: Config, world_size: int) -> tuple[Plan, Split, Split]:
+def open_run(config: Config, world_size: int, local_ranks: range | None = None) -> tuple[Plan, AnySplit, AnySplit]:
     """Open both splits and resolve the plan.
 
+    Args:
+        config: the validated file.
+        world_size: W.
+        local_ranks: the ranks that share this host's cache, where that is known.
+
     Raises:
-        UserError: shards missing, empty or not matching their index; batch sizes that do not divide.
+        UserError: shards missing, empty or not matching their index; batch sizes that do not divide; a cache that
+            is too small for the order.
     """
-    recipe = config.recipe
-    train = load_split(Path(recipe.data), "train")
-    validation = load_split(Path(recipe.data), recipe.evaluation.split)
-    return plans.resolve(config, world_size, train=train, validation=validation), train, validation
+    train = open_split(config.recipe, "train")
+    validation = open_split(config.recipe, config.recipe.evaluation.split)
+    plan = plans.resolve(config, world_size, train=train, validation=validation)
+    ranks = local_ranks or range(1)  # a host runs one at least
+    workers = range(ranks.start * plan.batch.accumulation, ranks.stop * plan.batch.accumulation)
+    check_capacity(config, plan.order, train, validation, workers)
+    return plan, train, validation
 
 
 def check_monitors(config: Config) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.decode import DecodeError, PillowDecoder
-from pipeline.order import Order, micro_batch_positions
-from pipeline.reader import ShardReader
+from pipeline.order import SampleStream, micro_batch_positions
+from pipeline.reader import Reader
 from shards.errors import UserError
 
 SAMPLES_PER_TASK = 4  # a task's overhead, some 30 µs, is shared by this many decodes of a millisecond or more
@@ -33,11 +33,15 @@ class Request:
         ids: sample ids, int64 of shape (n,).
         epochs: the epoch of each sample, int64 of shape (n,); None for evaluation.
         weights: float32 of shape (n,), 0 for a filler that only completes the shape.
+        first, last: positions, in the stream that the reader reads, between which the samples lie; they ascend from
+            request to request.
     """
 
     ids: np.ndarray
     epochs: np.ndarray | None
     weights: np.ndarray
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class MicroBatch:
     ids: np.ndarray
 
 
-def training_requests(order: Order, batch: Batch, rank: int, first_update: int, updates: int) -> Iterator[Request]:
+def training_requests(
+    order: SampleStream, batch: Batch, rank: int, first_update: int, updates: int
+) -> Iterator[Request]:
     """The micro-batches of one rank, from update `first_update` (0-based) to the end of the run."""
     weights = np.ones(batch.micro, dtype=np.float32)
     for update in range(first_update, updates):
@@ -71,17 +77,30 @@ def training_requests(order: Order, batch: Batch, rank: int, first_update: int, 
                 world_size=batch.world_size,
             )
             positions = np.arange(start, stop, dtype=np.int64)
-            yield Request(order.at(positions), order.epochs(positions), weights)
+            yield Request(order.at(positions), order.epochs(positions), weights, start, stop - 1)
 
 
-def evaluation_requests(samples: int, micro: int, rank: int, world_size: int) -> Iterator[Request]:
-    """Ids rank, rank + W, … below `samples`, in micro-batches of one shape; fillers have weight 0."""
-    ids = np.arange(rank, samples, world_size, dtype=np.int64)
+def evaluation_requests(
+    samples: int, micro: int, rank: int, world_size: int, *, contiguous: bool = False
+) -> Iterator[Request]:
+    """A rank's share of the ids below `samples`, in micro-batches of one shape; fillers have weight 0.
+
+    The share is ids rank, rank + W, …; or, `contiguous`, one W-th of the range, for shards that are read from end
+    to end.
+    """
+    ids = (
+        np.arange(*evaluation_range(samples, rank, world_size)) if contiguous else np.arange(rank, samples, world_size)
+    )
     for start in range(0, len(ids), micro):
         chosen = ids[start : start + micro]
         weights = np.zeros(micro, dtype=np.float32)
         weights[: len(chosen)] = 1
-        yield Request(np.resize(chosen, micro), None, weights)
+        yield Request(np.resize(chosen, micro), None, weights, int(chosen[0]), int(chosen[-1]))
+
+
+def evaluation_range(samples: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The ids [start, stop) of a rank's contiguous share."""
+    return samples * rank // world_size, samples * (rank + 1) // world_size
 
 
 class Loader:
@@ -104,7 +123,7 @@ class Loader:
 
     def __init__(
         self,
-        reader: ShardReader,
+        reader: Reader,
         decoder: PillowDecoder,
         requests: Iterable[Request],
         *,
@@ -118,8 +137,7 @@ class Loader:
         self.pin = pin
         self._requests = iter(requests)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._pending: deque[tuple[Request, torch.Tensor, list[Future[None]]]] = deque()
-        self._labels = reader.split.samples["label"]
+        self._pending: deque[tuple[Request, torch.Tensor, torch.Tensor, list[Future[None]]]] = deque()
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -128,12 +146,13 @@ class Loader:
         self._submit_ahead()
         if not self._pending:
             raise StopIteration
-        request, images, tasks = self._pending.popleft()
+        request, images, labels, tasks = self._pending.popleft()
         for task in tasks:
             task.result()
+        self.reader.passed(request.first)
         return MicroBatch(
             images=images.permute(0, 3, 1, 2),
-            labels=torch.from_numpy(self._labels[request.ids].astype(np.int64)),
+            labels=labels,
             weights=torch.from_numpy(request.weights),
             ids=request.ids,
         )
@@ -147,8 +166,10 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Drop what is loaded ahead and end the threads; a decode that has begun is waited for."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Drop what is loaded ahead and end the threads, and reads that wait; a decode under way is waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.reader.interrupt()
+        self._pool.shutdown(wait=True)
         self._pending.clear()
 
     def _submit_ahead(self) -> None:
@@ -156,30 +177,27 @@ class Loader:
             request = next(self._requests, None)
             if request is None:
                 return
+            self.reader.expect(request.last)
             size = self.decoder.transform.size
             images = torch.empty((len(request.ids), size, size, 3), dtype=torch.uint8, pin_memory=self.pin)
-            pixels = images.numpy()
+            labels = torch.empty(len(request.ids), dtype=torch.int64)
             tasks = [
-                self._pool.submit(self._load, request, pixels, start)
+                self._pool.submit(self._load, request, images.numpy(), labels.numpy(), start)
                 for start in range(0, len(request.ids), SAMPLES_PER_TASK)
             ]
-            self._pending.append((request, images, tasks))
+            self._pending.append((request, images, labels, tasks))
 
-    def _load(self, request: Request, pixels: np.ndarray, start: int) -> None:
+    def _load(self, request: Request, pixels: np.ndarray, labels: np.ndarray, start: int) -> None:
         for slot in range(start, min(start + SAMPLES_PER_TASK, len(request.ids))):
             sample = int(request.ids[slot])
-            data = self.reader.read(sample)
+            image, labels[slot] = self.reader.read(sample)
             try:
                 if request.epochs is None:
-                    self.decoder.evaluate(data, pixels[slot])
+                    self.decoder.evaluate(image, pixels[slot])
                 else:
-                    self.decoder.train(data, pixels[slot], int(request.epochs[slot]), sample)
+                    self.decoder.train(image, pixels[slot], int(request.epochs[slot]), sample)
             except DecodeError as error:
-                split = self.reader.split
-                raise UserError(
-                    f"{split.root}: {split.describe(sample)}: the image {error}",
-                    f"List every damaged image with: shards verify {split.root} --decode",
-                ) from None
+                raise UserError(f"{self.reader.describe(sample)}: the image {error}", self.reader.mend()) from None
 
 
 def default_threads(local_ranks: int) -> int:

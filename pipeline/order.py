@@ -1,5 +1,7 @@
 """Which sample stands at which position: a pure function of (seed, position), the same on any number of ranks.
 
+This is the uniform order, for shards that can be read anywhere; `window` is the one for shards that come by network.
+
 A run is one infinite stream, the concatenation of one random permutation of the N samples per epoch (the paper's
 fourth remark: one permutation per epoch, divided among all k workers). Update t takes positions [t·kn, (t+1)·kn);
 nothing is padded, dropped or repeated, and an update that crosses an epoch's end takes its remainder from the next
@@ -19,11 +21,27 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 ARGSORT_LIMIT = 65_536
 FEISTEL_ROUNDS = 8
+
+
+class SampleStream(Protocol):
+    """Which sample stands at which position of a run; every epoch of it is a permutation of all samples."""
+
+    samples: int
+    """N."""
+    name: str
+    """Kind, version and numbers: what a position means depends on them, so checkpoints hold it."""
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Sample ids at any positions: int64, of the shape of `positions` (int64, ≥ 0)."""
+
+    def epochs(self, positions: np.ndarray) -> np.ndarray:
+        """The epoch (0-based) that each position belongs to: int64."""
 
 
 def order_name(samples: int) -> str:
@@ -65,25 +83,30 @@ class Order:
         return np.asarray(positions, dtype=np.int64) // self.samples
 
     def _permute(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
-        if self.name == "argsort-v1":
-            return _argsort_permutation(self.samples, self.seed, epoch)[offsets]
-        return _feistel(offsets, self.samples, self.seed, epoch)
+        return permute(offsets, self.samples, f"{self.seed}:{epoch}")
 
 
-def _raw_words(seed: int, epoch: int, count: int) -> np.ndarray:
-    """`count` raw 64-bit words of a Philox stream of its own for (seed, epoch)."""
-    key = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:16]
+def permute(values: np.ndarray, size: int, purpose: str) -> np.ndarray:
+    """Where a random permutation of range(size), a function of `purpose` alone, takes `values`: int64, same shape."""
+    if order_name(size) == "argsort-v1":
+        return _argsort_permutation(size, purpose)[values]
+    return _feistel(values, size, purpose)
+
+
+def _raw_words(purpose: str, count: int) -> np.ndarray:
+    """`count` raw 64-bit words of a Philox stream of its own for each purpose."""
+    key = hashlib.sha256(purpose.encode()).digest()[:16]
     return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
 
-@lru_cache(maxsize=4)  # the current epoch, the next one, and the same of a validation split
-def _argsort_permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.argsort(_raw_words(seed, epoch, samples), kind="stable")
+@lru_cache(maxsize=32)  # of at most 512 KiB each: this epoch and the next, or this window and the next of 16 streams
+def _argsort_permutation(size: int, purpose: str) -> np.ndarray:
+    return np.argsort(_raw_words(purpose, size), kind="stable")
 
 
-def _feistel(values: np.ndarray, samples: int, seed: int, epoch: int) -> np.ndarray:
+def _feistel(values: np.ndarray, samples: int, purpose: str) -> np.ndarray:
     """Permute `values` within [0, samples) by an unbalanced Feistel network with cycle walking."""
-    keys = [np.uint64(word) for word in _raw_words(seed, epoch, FEISTEL_ROUNDS)]
+    keys = [np.uint64(word) for word in _raw_words(purpose, FEISTEL_ROUNDS)]
     bits = (samples - 1).bit_length()
     low_bits = bits // 2
     result = values.astype(np.uint64)

@@ -10,11 +10,14 @@ from typing import Any
 from rich import filesize
 
 from pipeline import batch as batch_sizes
+from pipeline import dataset
 from pipeline.batch import Batch
 from pipeline.config import Config
-from pipeline.order import order_name
+from pipeline.dataset import AnySplit
+from pipeline.order import Order, SampleStream
 from pipeline.schedule import Schedule, exact
-from shards.index import Split
+from shards.fetch import mask
+from shards.remote import RemoteSplit
 
 PRECISION_PAGE = {
     "fp32": "fp32 throughout",
@@ -31,18 +34,22 @@ class Plan:
         config: the validated file.
         batch: the sizes of one update.
         schedule: the learning rate at any position.
+        order: the sample at any position.
         train_samples: N.
         val_samples: images of the validation split, or None when no data set was at hand.
-        shards: (training, validation) shard counts and bytes of the tars, or None likewise.
+        shards: shard counts of both splits, and bytes of the tars where the index says; or None likewise.
+        residence: what one stream of remote shards needs in a host's cache; None where nothing is cached in windows.
         digest: digest of the training split's index, or None likewise.
     """
 
     config: Config
     batch: Batch
     schedule: Schedule
+    order: SampleStream
     train_samples: int
     val_samples: int | None = None
-    shards: dict[str, int] | None = None
+    shards: dict[str, int | None] | None = None
+    residence: dataset.Residence | None = None
     digest: str | None = None
 
     @property
@@ -92,7 +99,7 @@ class Plan:
                 else {"epoch": float(epoch), "update": None, "lr": None}
                 for epoch in self.schedule.milestones
             ],
-            "order": order_name(self.train_samples),
+            "order": self.order.name,
             "precision": self.config.precision,
             "index_digest": self.digest,
             "run": str(self.config.run_folder),
@@ -137,11 +144,8 @@ class Plan:
         rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
         rows += [
             ("precision", self._precision_line()),
-            (
-                "order",
-                f"{order_name(self.train_samples)}, seed {recipe.seed}: "
-                "every image once per epoch, any number of ranks",
-            ),
+            ("order", f"{self.order.name}, seed {recipe.seed}: every image once per epoch, any number of ranks"),
+            *([] if isinstance(self.order, Order) else [("", self._locality_line())]),
             ("data", self._data_line()),
             (
                 "saves",
@@ -211,13 +215,21 @@ class Plan:
             text = text.replace("dynamic loss scale", f"loss scale {blocks.fp16.loss_scale:g}")
         return f"{block} block → {text} (why: docs/precision.md)" if block else text
 
+    def _locality_line(self) -> str:
+        """What the reader of a run must know of an order that is not the paper's."""
+        text = "no uniform permutation: images of one update come from few shards at a time (recipe.order)"
+        if self.residence is None:
+            return text
+        return f"{text} · cache: {filesize.decimal(self.residence.total)} at once if one host has all streams"
+
     def _data_line(self) -> str:
         if self.shards is None or self.digest is None:
-            return f"{self.config.recipe.data} was not read: sizes are as given"
-        size = filesize.decimal(self.shards["bytes"])
+            return f"{self.config.recipe.data} was not read: sizes are as given, the order is that of local shards"
         recipe = self.config.recipe
+        size = self.shards["bytes"]
         return (
-            f"{recipe.data}: {self.shards['train']:,} shards, {size}, index {self.digest[:4]}…{self.digest[-2:]} · "
+            f"{mask(recipe.data)}: {self.shards['train']:,} shards, "
+            f"{f'{filesize.decimal(size)}, ' if size is not None else ''}index {self.digest[:4]}…{self.digest[-2:]} · "
             f"decode: Pillow · {recipe.evaluation.split} on {self.val_samples:,} exactly"
         )
 
@@ -226,8 +238,8 @@ def resolve(
     config: Config,
     world_size: int,
     *,
-    train: Split | None = None,
-    validation: Split | None = None,
+    train: AnySplit | None = None,
+    validation: AnySplit | None = None,
     samples: int | None = None,
 ) -> Plan:
     """Bring a configuration, a world size and a data set together.
@@ -253,19 +265,23 @@ def resolve(
         samples_per_epoch=samples,
     )
     if train is None or validation is None:
-        return Plan(config, batch, schedule, samples)
-    splits = (train, validation)
+        return Plan(config, batch, schedule, Order(samples, config.recipe.seed), samples)
+    order = dataset.choose_order(config, batch, train, validation)
+    sizes = dataset.shard_bytes(train), dataset.shard_bytes(validation)
+    all_workers = range(batch.logical_workers)
     return Plan(
         config,
         batch,
         schedule,
+        order,
         samples,
         val_samples=len(validation),
         shards={
-            "train": len(train.shards),
-            "val": len(validation.shards),
-            "bytes": sum(shard.size for split in splits for shard in split.shards),
+            "train": len(dataset.shard_samples(train)),
+            "val": len(dataset.shard_samples(validation)),
+            "bytes": sum(size for size in sizes if size is not None) if None not in sizes else None,
         },
+        residence=dataset.residence(order, train, all_workers) if isinstance(train, RemoteSplit) else None,
         digest=train.digest,
     )
 

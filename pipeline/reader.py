@@ -7,15 +7,54 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import NamedTuple, Protocol
 
 from shards.errors import UserError
 from shards.index import Split
+
+
+class Encoded(NamedTuple):
+    """A sample as it is stored."""
+
+    image: bytes
+    """The encoded image."""
+    label: int
+
+
+class Reader(Protocol):
+    """What the loader needs of a data set; safe to share between threads."""
+
+    def read(self, sample: int) -> Encoded:
+        """The encoded image of a sample and its class.
+
+        Raises:
+            UserError: it cannot be had; names shard and key where they are known.
+        """
+
+    def expect(self, position: int) -> None:
+        """Told by the loader: whatever this rank has up to this position of its stream of samples is read soon."""
+
+    def passed(self, position: int) -> None:
+        """Told by the loader: nothing before this position will be read any more."""
+
+    def describe(self, sample: int) -> str:
+        """Where a sample lies, for messages."""
+
+    def mend(self) -> str:
+        """What to do about a damaged image, for messages."""
+
+    def interrupt(self) -> None:
+        """Make reads that wait for data give up, because nobody needs them any more."""
+
+    def close(self) -> None:
+        """Let go of everything that is open, and end whatever reads ahead."""
+
 
 MAX_OPEN_SHARDS = 512  # well below the common soft limit of 1,024 descriptors per process
 
 
 class ShardReader:
-    """Random access to one split; safe to share between threads.
+    """Random access to one split whose shards are files on this host.
 
     Args:
         split: an opened index.
@@ -26,12 +65,8 @@ class ShardReader:
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def read(self, sample: int) -> bytes:
-        """The encoded image of a sample.
-
-        Raises:
-            UserError: the shard cannot be opened, or ends before the image does.
-        """
+    def read(self, sample: int) -> Encoded:
+        """See `Reader.read`."""
         record = self.split.samples[sample]
         shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
         descriptor, kept = self._open(shard)
@@ -47,11 +82,24 @@ class ShardReader:
                 f"{self.split.describe(sample)}: the shard ends after {len(data):,} of the image's {size:,} bytes",
                 f"The index does not match the tar any more. Check it with: shards verify {self.split.root} --digests",
             )
-        return data
+        return Encoded(data, int(record["label"]))
 
-    def label(self, sample: int) -> int:
-        """The class of a sample."""
-        return int(self.split.samples[sample]["label"])
+    def expect(self, position: int) -> None:
+        """Nothing is read ahead: the threads of the loader are enough for a local disk."""
+
+    def passed(self, position: int) -> None:
+        """Shards stay open."""
+
+    def interrupt(self) -> None:
+        """No read waits for long."""
+
+    def describe(self, sample: int) -> str:
+        """Folder, shard, key and byte."""
+        return f"{self.split.root}: {self.split.describe(sample)}"
+
+    def mend(self) -> str:
+        """How to find all damaged images."""
+        return f"List every damaged image with: shards verify {self.split.root} --decode"
 
     def close(self) -> None:
         """Close every open shard."""

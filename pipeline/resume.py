@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.augment import VIEWS_NAME
-from pipeline.order import order_name
 from pipeline.plan import Plan
 from shards.errors import UserError
 
@@ -46,7 +45,7 @@ class Facts:
             seed=recipe.seed,
             train_samples=plan.train_samples,
             index_digest=plan.digest,
-            order=order_name(plan.train_samples),
+            order=plan.order.name,
             train_batch_size=plan.batch.train,
             micro_batch=plan.batch.micro,
             views=VIEWS_NAME,
@@ -59,7 +58,7 @@ WHY = {
     "seed": "recipe.seed decides the order of the samples",
     "train_samples": "the training split has another size",
     "index_digest": "recipe.data holds other shards than the run was started on",
-    "order": "the order of the samples is another one in this version",
+    "order": "recipe.order, recipe.cache.gigabytes, where the shards lie, or this version decide it",
     "train_batch_size": "train_batch_size decides which samples an update takes",
     "micro_batch": "train_micro_batch_size_per_gpu is BN's n",
     "views": "the crops of a sample are drawn in another way in this version",

@@ -15,21 +15,21 @@ from typing import Any
 from torch import nn
 
 from pipeline import checkpoint, model, report, resume
+from pipeline.dataset import AnySplit
 from pipeline.decode import PillowDecoder
 from pipeline.engine import Engine, World
 from pipeline.evaluate import Result, evaluate
 from pipeline.loader import Loader, MicroBatch, default_threads, evaluation_requests, training_requests
 from pipeline.monitor import Monitor, versions
-from pipeline.order import Order
 from pipeline.plan import Plan
-from pipeline.reader import ShardReader
+from pipeline.reader import Reader
+from pipeline.readers import evaluation_reader, reads_in_sequence, training_reader
 from pipeline.record import RunRecord
 from pipeline.resume import Checkpoint
 from pipeline.samples import SampleWriter
 from pipeline.sums import StepSums, Window
 from shards.errors import UserError
 from shards.files import exclusive
-from shards.index import Split
 
 MAX_WITHHELD_UPDATES = 50
 
@@ -51,8 +51,8 @@ class Prepared:
     """
 
     plan: Plan
-    train_split: Split
-    validation_split: Split
+    train_split: AnySplit
+    validation_split: AnySplit
     saved: Checkpoint | None
     network: nn.Module
     state: dict[str, Any] | None
@@ -92,10 +92,7 @@ class Run:
         self.threads = recipe.loader.threads or default_threads(world.local_size)
         self.monitor: Monitor | None = None
         self._open = contextlib.ExitStack()
-        self.train_reader, self.validation_reader = (
-            self._open.enter_context(contextlib.closing(ShardReader(split)))
-            for split in (prepared.train_split, prepared.validation_split)
-        )
+        self.train_split, self.validation_split = prepared.train_split, prepared.validation_split
         # on the CPU and before the engine has the model; only rank 0 prints the page
         model_lines = None
         if world.rank == 0:
@@ -137,15 +134,23 @@ class Run:
 
     def _train(self) -> None:
         recipe = self.plan.config.recipe
-        requests = training_requests(
-            Order(self.plan.train_samples, recipe.seed), self.plan.batch, self.world.rank, self.step, self.plan.steps
+        plan, world = self.plan, self.world
+        requests = training_requests(plan.order, plan.batch, world.rank, self.step, plan.steps)
+        reader = training_reader(
+            self.train_split,
+            recipe,
+            plan.order,
+            plan.batch,
+            rank=world.rank,
+            local_ranks=world.local_ranks,
+            position=self.samples,
         )
         record = None
         if recipe.logging.record_samples:
             record = SampleWriter(self.folder, self.step, self.world.rank, self.world.size)
         recent, whole_epoch = StepSums(self.world.device), StepSums(self.world.device)
         self._timed_until = time.perf_counter()
-        with contextlib.closing(self._loader(self.train_reader, requests)) as loader:
+        with contextlib.closing(reader), self._loader(reader, requests) as loader:
             batches = _Waiting(loader)
             while self.step < self.plan.steps:
                 sums, used = self.engine.update(batches, self.samples)
@@ -241,13 +246,15 @@ class Run:
 
     def _evaluate(self) -> Result:
         recipe = self.plan.config.recipe
-        images = len(self.validation_reader.split)
+        split, world = self.validation_split, self.world
+        images = len(split)
         micro = recipe.evaluation.micro_batch_size or self.plan.batch.micro
         model.average_statistics(self.engine.model)
         self.engine.evaluation_mode()
-        requests = evaluation_requests(images, micro, self.world.rank, self.world.size)
-        with self._loader(self.validation_reader, requests) as batches:
-            return evaluate(self.engine.forward, batches, images=images, device=self.world.device)
+        requests = evaluation_requests(images, micro, world.rank, world.size, contiguous=reads_in_sequence(split))
+        reader = evaluation_reader(split, recipe, rank=world.rank, world_size=world.size, train=self.train_split)
+        with contextlib.closing(reader), self._loader(reader, requests) as batches:
+            return evaluate(self.engine.forward, batches, images=images, device=world.device)
 
     def _save(self) -> str:
         """Write a checkpoint; every rank calls it, rank 0 writes."""
@@ -298,7 +305,7 @@ class Run:
                 "report", f"the report could not be written: {error!r}. Retry: onehour report {self.folder}"
             )
 
-    def _loader(self, reader: ShardReader, requests: Iterator) -> Loader:
+    def _loader(self, reader: Reader, requests: Iterator) -> Loader:
         return Loader(
             reader,
             self.decoder,

@@ -126,6 +126,30 @@ class Loader(Section):
     prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead")
 
 
+class SampleOrder(Section):
+    """Which images can meet in one update. Every kind uses every image exactly once per epoch, on any number of ranks.
+
+    uniform: any of them, the paper's sampling (§2.3, remark 4); window: those of `window_shards` shards per stream,
+    for shards that come by network or lie on slow disks; stream: those of `shuffle_buffer` images per stream, for
+    shards that can only be read from end to end. auto: uniform where the shards are local; window where they are
+    remote, and only in the first epoch if they all fit into the cache; stream where `recipe.stream` is given.
+    """
+
+    kind: Literal["auto", "uniform", "window", "stream"] = "auto"
+    window_shards: int = Field(16, ge=1, description="shards in a window of a stream; window only")
+    shuffle_buffer: int = Field(1000, ge=1, description="images held in memory per stream; stream only")
+    streams: int | None = Field(
+        None, ge=1, description="a divisor of k; each host fetches its own (default: the largest one up to 8)"
+    )
+
+
+class Cache(Section):
+    """Where remote shards are kept on each host."""
+
+    folder: str | None = Field(None, description="default: onehour/shards in the user's cache folder")
+    gigabytes: float = Field(200, gt=0, description="most that it may hold, in units of 10⁹ bytes")
+
+
 class Logging(Section):
     """What the run writes down."""
 
@@ -136,14 +160,36 @@ class Logging(Section):
 class Recipe(Section):
     """Everything that DeepSpeed has no key for."""
 
-    data: str
+    data: str = Field(
+        description="folder of shards: a path, or a URL that fsspec opens (https://, s3://, gs://, hf://)"
+    )
     model: Model
     epochs: float = Field(gt=0)
     reference_batch: int = Field(256, gt=0, description="the batch that optimizer.params.lr is for (paper §2.1)")
     seed: int = Field(0, ge=0, lt=2**63)
     run: str | None = Field(None, description="run folder; default runs/<name of the config>")
     transform: Transform = Transform()
+    order: SampleOrder = SampleOrder()
+    cache: Cache = Cache()
+    stream: str | None = Field(
+        None,
+        description="read shards from end to end: a URL or pipe: command, {} for the name, that webdataset opens",
+    )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
     loader: Loader = Loader()
     logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _stream_pattern(self) -> Recipe:
+        if self.stream is not None and "{}" not in self.stream:
+            raise ValueError(
+                'stream needs {} where the shard\'s name goes, e.g. "pipe:aws s3 cp s3://bucket/imagenet/{} -"'
+            )
+        if (self.order.kind == "stream") and self.stream is None:
+            raise ValueError('order.kind "stream" needs recipe.stream: the URL or command that gives a shard')
+        if self.stream is not None and self.order.kind in ("uniform", "window"):
+            raise ValueError(
+                f'order.kind "{self.order.kind}" needs random access, which recipe.stream has not: leave one out'
+            )
+        return self

@@ -70,7 +70,7 @@ def prepare(config_path: str, overrides: Sequence[str], world: World) -> Prepare
     """
     experiment = config.load(config_path, overrides)
     check_monitors(experiment)
-    plan, train_split, validation_split = open_run(experiment, world.size)
+    plan, train_split, validation_split = open_run(experiment, world.size, world.local_ranks)
     saved = resume.find_latest(plan.config.run_folder)
     if saved is not None:
         resume.check(saved, plan)

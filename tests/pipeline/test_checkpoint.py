@@ -12,6 +12,7 @@ import torch
 from pipeline import checkpoint, config, model, plan, resume, schema
 from pipeline.experiment import open_run
 from pipeline.plan import Plan
+from pipeline.window import WindowOrder
 from shards.errors import UserError
 
 RECIPE = schema.Model(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]})
@@ -141,7 +142,7 @@ def test_a_checkpoint_of_another_run_is_refused(planned, write_config, changes, 
     assert "--fresh" in str(error.value)
 
 
-def test_a_checkpoint_of_other_shards_or_another_order_is_refused(planned, monkeypatch):
+def test_a_checkpoint_of_other_shards_or_another_order_is_refused(planned):
     save(planned, 3)
     found = resume.find_latest(planned.config.run_folder)
     moved = plan.Plan(**{**vars(planned), "digest": "0" * 64})
@@ -150,9 +151,11 @@ def test_a_checkpoint_of_other_shards_or_another_order_is_refused(planned, monke
     grown = plan.Plan(**{**vars(planned), "train_samples": 131})
     with pytest.raises(UserError, match="train_samples differs"):
         resume.check(found, grown)
-    monkeypatch.setattr(resume, "order_name", lambda samples: "argsort-v2")
+    windowed = plan.Plan(
+        **{**vars(planned), "order": WindowOrder([66, 64], 0, window=10, streams=1, update=32, logical_workers=4)}
+    )
     with pytest.raises(UserError, match="order differs"):
-        resume.check(found, planned)
+        resume.check(found, windowed)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

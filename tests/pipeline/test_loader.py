@@ -49,7 +49,7 @@ def epoch_pixels(reader: ShardReader, *, world_size: int, threads: int, prefetch
                 for offset in range(4):
                     pixels[start + offset] = micro_batch.images[offset].numpy().tobytes()
                     assert micro_batch.ids[offset] == order.ids(start + offset, start + offset + 1)[0]
-                    assert micro_batch.labels[offset] == reader.label(int(micro_batch.ids[offset]))
+                    assert micro_batch.labels[offset] == reader.split.samples[int(micro_batch.ids[offset])]["label"]
     return pixels
 
 
@@ -62,7 +62,7 @@ def test_pixels_are_the_same_for_any_threads_and_ranks(reader):
 
 def test_an_image_looks_different_in_every_epoch(reader):
     ids, weights = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.float32)
-    requests = [Request(ids, np.array([epoch]), weights) for epoch in range(6)]
+    requests = [Request(ids, np.array([epoch]), weights, epoch, epoch) for epoch in range(6)]
     with Loader(reader, PillowDecoder(TRANSFORM, 5), requests, threads=2, prefetch=2) as loader:
         views = {batch.images.numpy().tobytes() for batch in loader}
     assert len(views) == 6
@@ -81,7 +81,7 @@ def test_evaluation_covers_every_sample_once_in_one_shape(samples, micro, world_
 
 
 def test_images_are_channels_last_and_unnormalised(reader):
-    request = Request(np.arange(4), np.zeros(4, dtype=np.int64), np.ones(4, dtype=np.float32))
+    request = Request(np.arange(4), np.zeros(4, dtype=np.int64), np.ones(4, dtype=np.float32), 0, 3)
     with Loader(reader, PillowDecoder(TRANSFORM, 5), [request], threads=1, prefetch=1) as loader:
         batch = next(loader)
     assert batch.images.shape == (4, 3, 24, 24)
@@ -103,7 +103,9 @@ def test_a_corrupt_image_is_named_when_its_batch_is_asked_for_and_the_threads_en
         file.write(bytes(int(record["size"])))
     reader = ShardReader(split)
     before = threading.active_count()
-    requests = [Request(np.arange(s, s + 4), np.zeros(4, dtype=np.int64), np.ones(4, np.float32)) for s in (0, 48, 8)]
+    requests = [
+        Request(np.arange(s, s + 4), np.zeros(4, dtype=np.int64), np.ones(4, np.float32), s, s + 3) for s in (0, 48, 8)
+    ]
     loader = Loader(reader, PillowDecoder(TRANSFORM, 5), requests, threads=4, prefetch=8)
     next(loader)
     with pytest.raises(UserError) as error:
@@ -130,7 +132,7 @@ def test_a_shard_that_shrank_after_the_start_is_an_error_at_the_sample(tiny_shar
 
 
 def test_closing_in_the_middle_of_an_epoch_is_prompt(reader):
-    requests = (Request(np.arange(8), np.full(8, e), np.ones(8, np.float32)) for e in range(10_000))
+    requests = (Request(np.arange(8), np.full(8, e), np.ones(8, np.float32), e, e) for e in range(10_000))
     loader = Loader(reader, PillowDecoder(TRANSFORM, 5), requests, threads=4, prefetch=50)
     next(loader)
     began = time.monotonic()
