@@ -29,8 +29,8 @@ AnySplit = Split | RemoteSplit | StreamSplit
 MOST_STREAMS = 8
 """By default: on one host all of them are read, and each needs two windows in its cache."""
 
-WINDOWS_AT_ONCE = 2
-"""In the cache, of each stream: the one in use, and the next, which arrives meanwhile."""
+EVALUATION_SHARDS = 4
+"""That the ranks of a host have pinned at once while they evaluate: they move through them together."""
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -127,51 +127,66 @@ def capacity(recipe: Recipe) -> int:
 
 @dataclass(frozen=True)
 class Residence:
-    """What a host needs in its cache at once, in bytes: two windows of each of its streams, and a shard to spare."""
+    """What a host must be able to keep in its cache at once."""
 
     streams: int
+    """That feed the host's logical workers."""
+    windows: int
+    """Of each stream at once."""
     window_bytes: int
-    """Of one stream; a window may begin and end inside a shard."""
+    """At most; a window may begin and end inside a shard."""
+    evaluation_bytes: int
+    """Shards that an evaluation needs beside the windows."""
 
     @property
     def total(self) -> int:
-        """Bytes for all streams."""
-        return self.streams * WINDOWS_AT_ONCE * self.window_bytes
+        """Bytes in all."""
+        return self.streams * self.windows * self.window_bytes + self.evaluation_bytes
 
 
-def residence(order: SampleStream, train: RemoteSplit, workers: range) -> Residence | None:
+def residence(
+    recipe: Recipe, order: SampleStream, train: RemoteSplit, validation: RemoteSplit, workers: range
+) -> Residence | None:
     """What the host that runs some logical workers needs; None for an order without windows.
 
     Args:
+        recipe: says how far the loader runs ahead.
         order: of the training samples.
-        train: the remote split.
+        train, validation: the remote splits.
         workers: positions of the host's logical workers in an update's list of them.
     """
     windowed = order.window if isinstance(order, WindowThenUniform) else order
     if not isinstance(windowed, WindowOrder):
         return None
+    # the window in use, the one that lookahead reaches, and the short one that may lie between at an epoch's end
+    windows = 2 + math.ceil(max(windowed.span, (recipe.loader.prefetch + 1) * windowed.update) / windowed.span)
     mean = len(train) / len(train.shards)
     shards = min(math.ceil(windowed.window / mean) + 1, len(train.shards))
-    largest = max(shard.size for shard in train.shards)
-    return Residence(len(windowed.streams_of(workers)), shards * largest)
+    return Residence(
+        streams=len(windowed.streams_of(workers)),
+        windows=windows,
+        window_bytes=shards * max(shard.size for shard in train.shards),
+        evaluation_bytes=EVALUATION_SHARDS * max(shard.size for shard in validation.shards),
+    )
 
 
 def check_capacity(config: Config, order: SampleStream, train: AnySplit, validation: AnySplit, workers: range) -> None:
-    """Refuse a window that the cache of a host cannot hold.
+    """Refuse windows that the cache of a host cannot hold.
 
     Raises:
         UserError: with the arithmetic.
     """
-    if not isinstance(train, RemoteSplit):
+    if not isinstance(train, RemoteSplit) or not isinstance(validation, RemoteSplit):
         return
-    needed = residence(order, train, workers)
-    if needed is None or _bytes(train) + _bytes(validation) <= capacity(config.recipe):
+    needed = residence(config.recipe, order, train, validation, workers)
+    everything = _bytes(train) + _bytes(validation)
+    if needed is None or min(everything, needed.total) <= capacity(config.recipe):
         return
-    if needed.total > capacity(config.recipe):
-        raise UserError(
-            f"{config.path}: recipe.cache.gigabytes {config.recipe.cache.gigabytes:g} is less than the windows need: "
-            f"{filesize.decimal(needed.total)}",
-            f"{needed.streams} streams on a host × {WINDOWS_AT_ONCE} windows × "
-            f"{filesize.decimal(needed.window_bytes)} ({config.recipe.order.window_shards} shards and a part of one).",
-            "Enlarge the cache, or lower recipe.order.window_shards or recipe.order.streams.",
-        )
+    raise UserError(
+        f"{config.path}: recipe.cache.gigabytes {config.recipe.cache.gigabytes:g} is less than the "
+        f"{filesize.decimal(min(everything, needed.total))} that must be there at once",
+        f"{needed.streams} stream{'s' * (needed.streams != 1)} on a host × {needed.windows} windows × {filesize.decimal(needed.window_bytes)} "
+        f"({config.recipe.order.window_shards} shards and a part of one) + {filesize.decimal(needed.evaluation_bytes)} "
+        f"for evaluation; all shards: {filesize.decimal(everything)}.",
+        "Enlarge the cache, or lower recipe.order.window_shards or recipe.order.streams.",
+    )

@@ -38,7 +38,7 @@ class Plan:
         train_samples: N.
         val_samples: images of the validation split, or None when no data set was at hand.
         shards: shard counts of both splits, and bytes of the tars where the index says; or None likewise.
-        residence: what one stream of remote shards needs in a host's cache; None where nothing is cached in windows.
+        residence: what a host that had all streams would need in its cache; None where nothing is cached in windows.
         digest: digest of the training split's index, or None likewise.
     """
 
@@ -268,7 +268,6 @@ def resolve(
         return Plan(config, batch, schedule, Order(samples, config.recipe.seed), samples)
     order = dataset.choose_order(config, batch, train, validation)
     sizes = dataset.shard_bytes(train), dataset.shard_bytes(validation)
-    all_workers = range(batch.logical_workers)
     return Plan(
         config,
         batch,
@@ -281,7 +280,9 @@ def resolve(
             "val": len(dataset.shard_samples(validation)),
             "bytes": sum(size for size in sizes if size is not None) if None not in sizes else None,
         },
-        residence=dataset.residence(order, train, all_workers) if isinstance(train, RemoteSplit) else None,
+        residence=dataset.residence(config.recipe, order, train, validation, range(batch.logical_workers))
+        if isinstance(train, RemoteSplit) and isinstance(validation, RemoteSplit)
+        else None,
         digest=train.digest,
     )
 

@@ -105,7 +105,7 @@ def _window_blocks(order: WindowOrder, workers: range, position: int) -> Iterato
 def _lookahead(order: SampleStream) -> int:
     """One window of every stream."""
     windowed = order.window if isinstance(order, WindowThenUniform) else order
-    return windowed.window * windowed.streams if isinstance(windowed, WindowOrder) else 0
+    return windowed.span if isinstance(windowed, WindowOrder) else 0
 
 
 class _NextUse:

@@ -78,13 +78,18 @@ class WindowOrder:
         self.window = window
         self.streams = streams
         self.name = f"{name}, {window} images × {streams} streams"
-        self._update = update
+        self.update = update
         self._width = update // streams  # positions of a stream in each update
         self._workers_per_stream = logical_workers // streams
         self._first_ids = _cumulated(shard_samples)
         deal = permute(np.arange(len(shard_samples)), len(shard_samples), f"{seed}:deal").tolist()
         self._dealt = _Sequence([Piece(shard, 0, shard_samples[shard]) for shard in deal], self._first_ids)
         self._sequence = lru_cache(maxsize=2 * streams)(self._build_sequence)
+
+    @property
+    def span(self) -> int:
+        """Positions over which a window of every stream is used."""
+        return self.window * self.streams
 
     def ids(self, start: int, stop: int) -> np.ndarray:
         """Sample ids at positions [start, stop) of the stream: int64 of shape (stop - start,)."""
@@ -94,7 +99,7 @@ class WindowOrder:
         """Sample ids at any positions: int64, of the shape of `positions` (int64, ≥ 0)."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs = positions // self.samples
-        streams = positions % self._update // self._width
+        streams = positions % self.update // self._width
         ids = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             for stream in np.unique(streams[epochs == epoch]).tolist():
@@ -124,7 +129,7 @@ class WindowOrder:
 
     def _stream_ids(self, epoch: int, stream: int, positions: np.ndarray) -> np.ndarray:
         begin, end = self._range(epoch, stream)
-        offsets = positions // self._update * self._width + positions % self._width - begin
+        offsets = positions // self.update * self._width + positions % self._width - begin
         starts = offsets // self.window * self.window
         for start in np.unique(starts).tolist():
             chosen = starts == start
@@ -140,12 +145,12 @@ class WindowOrder:
         return self._own_before(epoch * self.samples, stream), self._own_before((epoch + 1) * self.samples, stream)
 
     def _own_before(self, position: int, stream: int) -> int:
-        updates, rest = divmod(position, self._update)
+        updates, rest = divmod(position, self.update)
         return updates * self._width + min(max(rest - stream * self._width, 0), self._width)
 
     def _position(self, stream: int, own: int) -> int:
         update, rest = divmod(own, self._width)
-        return update * self._update + stream * self._width + rest
+        return update * self.update + stream * self._width + rest
 
     def _build_sequence(self, epoch: int, stream: int) -> _Sequence:
         ranges = [self._range(epoch, number) for number in range(stream + 1)]

@@ -335,7 +335,8 @@ def _show(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _bench(arguments: argparse.Namespace, console: Console) -> int:
-    from shards.bench import bench, parse_threads, print_report
+    from shards.advice import print_report
+    from shards.bench import bench, parse_threads
 
     report = bench(
         arguments.folder,

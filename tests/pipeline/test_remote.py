@@ -69,7 +69,13 @@ def read_as_ranks(experiment: config.Config, world_size: int, updates: range) ->
         ranks = []
         for rank in range(world_size):
             reader = training_reader(
-                train, recipe, plan.order, batch, rank=rank, local_ranks=range(world_size), position=updates.start * KN
+                train,
+                recipe,
+                plan.order,
+                batch,
+                rank=rank,
+                local_ranks=range(world_size),
+                position=updates.start * batch.train,
             )
             opened.enter_context(contextlib.closing(reader))
             ranks.append((reader, training_requests(plan.order, batch, rank, updates.start, updates.stop)))
@@ -136,7 +142,10 @@ def test_the_plan_and_the_record_say_that_it_is_no_uniform_permutation(tmp_path,
     [
         ({"recipe.order.streams": 3}, ["recipe.order.streams is 3", "4 logical workers", "1, 2, 4"]),
         ({"recipe.order.kind": "uniform", "recipe.cache.gigabytes": 1e-4}, ["do not fit", "uniform", "window"]),
-        ({**WINDOW, "recipe.cache.gigabytes": 6e-5}, ["less than the windows need", "2 streams", "2 windows"]),
+        (
+            {**WINDOW, "recipe.cache.gigabytes": 6e-5},
+            ["recipe.cache.gigabytes 6e-05", "2 streams", "10 windows", "window_shards"],
+        ),
         ({"recipe.order.kind": "stream"}, ["recipe.stream"]),
         ({"recipe.stream": "pipe:cat x"}, ["{}"]),
         ({"recipe.stream": "pipe:cat {}", "recipe.order.kind": "window"}, ["random access"]),
@@ -172,27 +181,42 @@ def test_reading_goes_on_from_the_middle_of_an_epoch(tmp_path, many_shards, serv
     assert read_as_ranks(experiment, 2, range(2, 7)) == expected(experiment, many_shards, 2, range(2, 7))
 
 
-def test_a_cache_smaller_than_the_data_is_never_exceeded_and_loses_nothing(tmp_path, many_shards, server):
-    largest = max(shard.size for shard in load_split(many_shards, "train").shards)
-    room = 9 * largest  # of 13 shards; two streams hold two windows of two shards
-    experiment = load(tmp_path, server.url, **WINDOW, **{"recipe.cache.gigabytes": room / 1e9})
-    seen = []
-    stop = threading.Event()
+def test_a_cache_smaller_than_the_data_is_never_exceeded_and_loses_nothing(tmp_path, tiny_shards):
+    """65 shards of two images, and room for 30: just what the windows of 4 ranks and an evaluation need."""
+    data = tmp_path / "shards"
+    assert shards_main(["prepare", "webdataset", str(tiny_shards), str(data), "--shards", "65", "--workers", "1"]) == 0
+    largest = max(shard.size for name in ("train", "val") for shard in load_split(data, name).shards)
+    small = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "recipe.order.kind": "window",
+        "recipe.order.window_shards": 2,
+        "recipe.order.streams": 1,
+        "recipe.loader.prefetch": 1,
+    }
+    updates = range(4 * TRAIN // 8)
+    with serve(data) as server:
+        for room in (20, 30):
+            experiment = load(tmp_path, server.url, **small, **{"recipe.cache.gigabytes": room * largest / 1e9})
+            if room == 20:
+                with pytest.raises(UserError, match="1 stream on a host × 6 windows"):
+                    open_run(experiment, 4, range(4))
+        watched: list[int] = []
+        stop = threading.Event()
 
-    def watch() -> None:
-        while not stop.wait(0.002):
-            seen.append(tar_bytes(tmp_path / "cache"))
+        def watch() -> None:
+            while not stop.wait(0.002):
+                watched.append(tar_bytes(tmp_path / "cache"))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    read = read_as_ranks(experiment, 2, range(16))
-    stop.set()
-    watcher.join()
-    assert read == expected(experiment, many_shards, 2, range(16))
-    assert 0 < max(seen) <= room
-    fetched = sum(traffic.sent for name, traffic in server.traffic.items() if name.startswith("train"))
-    data = sum(shard.size for shard in load_split(many_shards, "train").shards)
-    assert data < fetched < 3 * data, "four epochs out of a cache of two thirds"
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        read = read_as_ranks(experiment, 4, updates)
+        stop.set()
+        watcher.join()
+        assert read == expected(experiment, data, 4, updates)
+        assert 20 * largest < max(watched) <= 30 * largest
+        fetched = sum(traffic.requests for name, traffic in server.traffic.items() if name.startswith("train"))
+        assert 65 < fetched < 3 * 65, "four epochs out of a cache of less than half"
 
 
 def test_evaluation_reads_every_image_once_whatever_the_ranks(tmp_path, many_shards, server):

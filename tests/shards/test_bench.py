@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from shards.bench import ROUNDS, Way, _Data, advise, bench, parse_threads
+from shards.advice import advise
+from shards.bench import ROUNDS, Way, _Data, bench, parse_threads
 from shards.cli import main
 from shards.errors import UserError
 from shards.index import load_split
