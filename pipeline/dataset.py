@@ -182,11 +182,15 @@ def check_capacity(config: Config, order: SampleStream, train: AnySplit, validat
     everything = _bytes(train) + _bytes(validation)
     if needed is None or min(everything, needed.total) <= capacity(config.recipe):
         return
+    window, evaluation, least, of_all = map(
+        filesize.decimal,
+        (needed.window_bytes, needed.evaluation_bytes, min(everything, needed.total), everything),
+    )
     raise UserError(
-        f"{config.path}: recipe.cache.gigabytes {config.recipe.cache.gigabytes:g} is less than the "
-        f"{filesize.decimal(min(everything, needed.total))} that must be there at once",
-        f"{needed.streams} stream{'s' * (needed.streams != 1)} on a host × {needed.windows} windows × {filesize.decimal(needed.window_bytes)} "
-        f"({config.recipe.order.window_shards} shards and a part of one) + {filesize.decimal(needed.evaluation_bytes)} "
-        f"for evaluation; all shards: {filesize.decimal(everything)}.",
+        f"{config.path}: recipe.cache.gigabytes {config.recipe.cache.gigabytes:g} is less than the {least} that must "
+        "be there at once",
+        f"{needed.streams} stream{'s' * (needed.streams != 1)} on a host × {needed.windows} windows × {window} "
+        f"({config.recipe.order.window_shards} shards and a part of one) + {evaluation} for evaluation; "
+        f"all shards: {of_all}.",
         "Enlarge the cache, or lower recipe.order.window_shards or recipe.order.streams.",
     )

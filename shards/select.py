@@ -45,8 +45,8 @@ class Selection:
 
     def titles(self, classes: tuple[str, ...], titles: tuple[str, ...] | None) -> tuple[str, ...] | None:
         """The titles of the new classes, from those of the source's; a new name has none."""
-        if titles is None:
-            return None
+        if titles is None or self.classes == classes:
+            return titles
         by_name = dict(zip(classes, titles, strict=True))
         return tuple(by_name.get(name, "") for name in self.classes)
 
@@ -87,6 +87,11 @@ def select(
         UserError: naming the option, the file and the class, if a class is unknown, not listed, or listed twice.
     """
     record: dict[str, Any] = {}
+    if limit_per_class is not None:
+        record["limit_per_class"] = limit_per_class
+    if class_map is None and limit_classes is None:
+        return Selection(classes, tuple(range(len(classes))), limit_per_class, record)
+    _check_distinct(classes)
     names = classes
     targets: list[str | None] = list(classes)
     if class_map is not None:
@@ -95,11 +100,19 @@ def select(
     if limit_classes is not None:
         names = _limit_classes(names, limit_classes)
         record["limit_classes"] = len(names)
-    if limit_per_class is not None:
-        record["limit_per_class"] = limit_per_class
     numbers = {name: label for label, name in enumerate(names)}
     labels = tuple(None if target is None else numbers.get(target) for target in targets)
     return Selection(names, labels, limit_per_class, record)
+
+
+def _check_distinct(classes: tuple[str, ...]) -> None:
+    """Classes are chosen by name; without a choice two of them may share one, as ImageNet's "crane" do."""
+    if len(set(classes)) < len(classes):
+        name = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(
+            f"--class-map, --limit-classes: {classes.count(name)} classes of the source are called {name!r}",
+            "Classes are chosen by their names. Give each one of its own in the source.",
+        )
 
 
 def _map_classes(classes: tuple[str, ...], path: Path) -> tuple[list[str | None], tuple[str, ...]]:

@@ -14,8 +14,10 @@ import PIL
 import pytest
 from PIL import Image
 
+from shards.errors import UserError
 from shards.images import describe_image
 from shards.index import load_split
+from shards.select import select
 from shards.tally import MOST_LISTED, Tally
 
 CLASSES = ("cat", "dog", "lion", "wolf")
@@ -490,3 +492,9 @@ def test_corrupt_exif_is_neither_an_error_nor_a_message(mixed, tmp_path, start):
     assert "arning" not in said
     data = contents(tmp_path / "out")["x_rotated"][2]
     assert Image.open(io.BytesIO(data)).size == (30, 20), "EXIF's orientation is not applied"
+
+
+def test_classes_that_share_a_name_stay_apart_and_cannot_be_chosen_by_it():
+    assert select(("crane", "ant", "crane")).labels == (0, 1, 2)
+    with pytest.raises(UserError, match="2 classes of the source are called 'crane'"):
+        select(("crane", "ant", "crane"), limit_classes="2")
