@@ -402,12 +402,14 @@ def train_rank(world, path: str, stop_at: int | None = None) -> None:
 
 
 def test_remote_and_streamed_runs_are_the_local_training(tmp_path, many_shards, server):
-    """Window order: local on 1 rank; remote on 2, stopped and resumed on 4 from a faulty server; streamed on 2.
-
-    Without BN, which would amplify the rounding of sums in another order.
+    """Window order: local on 1 rank; remote on 2, stopped and resumed on 8, from a server that cuts every connection
+    once and corrupts every shard once; streamed on 2. Without BN, which amplifies the rounding of sums.
     """
-    server.fault = lambda request: Fault(cut=5000) if request.number % 3 == 1 else None
-    often = {"recipe.checkpoint.every_epochs": 0.45, **BN_FREE}
+    faults = [Fault(cut=5000), Fault(corrupt=True)]
+    server.fault = lambda request: (
+        faults[request.number] if request.name.endswith(".tar") and request.number < 2 else None
+    )
+    often = {"recipe.checkpoint.every_epochs": 0.45, "train_micro_batch_size_per_gpu": 4, **BN_FREE}
     local = load(tmp_path, many_shards, "local", **WINDOW, **often)
     remote = load(tmp_path, server.url, "remote", **WINDOW, **often)
     stream = load(
@@ -423,8 +425,10 @@ def test_remote_and_streamed_runs_are_the_local_training(tmp_path, many_shards, 
     )
     fork_ranks(train_rank, 1, str(local.path))
     fork_ranks(train_rank, 2, str(remote.path), 5)
-    fork_ranks(train_rank, 4, str(remote.path))
+    fork_ranks(train_rank, 8, str(remote.path))
     fork_ranks(train_rank, 2, str(stream.path))
+    requests = {name: traffic.requests for name, traffic in server.traffic.items() if name.endswith(".tar")}
+    assert len(requests) == 17 and set(requests.values()) == {3}, "cut, corrupt, whole: one download by ten processes"
     runs = [experiment.run_folder for experiment in (local, remote, stream)]
     assert "resume" in [event["event"] for event in read_metrics(runs[1] / "metrics.jsonl")]
     orders = [next(iter(read_metrics(run / "metrics.jsonl")))["order"] for run in runs]
