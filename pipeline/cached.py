@@ -1,7 +1,8 @@
 """Encoded images out of remote shards: fetched ahead in the order of use, pinned in the host's cache while in use.
 
 Every rank runs a few threads that walk its own windows. `shards.cache` makes one download per shard of what all ranks
-of a host ask for, so a thread that meets a shard on its way goes on to the next one and comes back.
+of a host ask for, so a thread that meets a shard on its way goes on to the next one and comes back. Where there is no
+room it does not: a later window would take what an earlier one waits for, and the ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import contextlib
 import os
 import resource
 import threading
-from collections import OrderedDict, deque
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,7 +23,7 @@ from shards.errors import UserError
 from shards.remote import RemoteSplit
 
 DOWNLOADS = 4
-"""At a time and rank: a single connection seldom fills the line."""
+"""At a time and rank, of what is fetched ahead: a single connection seldom fills the line."""
 
 NO_WINDOW = -1
 """Instead of the last position that needs a shard: an order without windows may come back to it at any time."""
@@ -30,7 +32,7 @@ MOST_OPEN = 4096
 """Shards kept open without a window that needs them, as far as the limit of open files allows."""
 
 _SECONDS_BEFORE_RETRY = 0.2
-_SECONDS_TO_CLOSE = 5.0
+_SECONDS_TO_CLOSE = 3.0
 
 
 @dataclass
@@ -38,20 +40,39 @@ class _Held:
     """A pinned shard."""
 
     pinned: Pinned
+    needed_from: int
+    """First position whose window has samples of it, or NO_WINDOW."""
     needed_until: int
-    """Last position whose window has samples of it, or NO_WINDOW."""
+    """The last one, or NO_WINDOW."""
     users: int = 0
     """Reads that are under way."""
+
+    def is_behind(self, position: int) -> bool:
+        return not self.users and NO_WINDOW < self.needed_until < position
 
 
 @dataclass
 class _Wanted:
+    """A shard to pin."""
+
     shard: int
+    needed_from: int
     needed_until: int
+    is_demanded: bool = False
+    """A read waits for it."""
+    not_before: float = 0.0
+    """When to try again."""
+    is_elsewhere: bool = False
+    """The last try found another process fetching it, and not the cache full."""
+
+    def is_behind(self, position: int) -> bool:
+        return NO_WINDOW < self.needed_until < position
 
 
 class CachedReader:
     """Random access to one remote split through the host's cache.
+
+    Reads only wait; threads of its own pin the shards, first what a read waits for, then what comes into sight.
 
     Args:
         split: the opened index.
@@ -59,8 +80,8 @@ class CachedReader:
         blocks: what will be read, in the order of first use; may be endless.
         start: the position that reading begins at.
         lookahead: how many positions ahead shards are fetched.
-        next_use: the next position that needs a shard, by its sha256; None if none is known. Decides what is removed
-            when the cache is full.
+        next_use: the next position, at or after a given one, that needs a shard, by its sha256; None if none is
+            known. Decides what is removed when the cache is full.
     """
 
     def __init__(
@@ -71,26 +92,27 @@ class CachedReader:
         *,
         start: int,
         lookahead: int,
-        next_use: Callable[[str, int], int | None] = lambda digest, position: None,
+        next_use: Callable[[str, int], int | None],
     ) -> None:
         self.split = split
         self._cache = cache
         self._blocks = blocks
         self._next_block = next(blocks, None)
         self._lookahead = lookahead
-        self._position = start
-        self._expected = start
+        self._position = self._expected = start
         self._next_use = next_use
-        self._wanted: deque[_Wanted] = deque()
-        self._fetching: set[int] = set()
-        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._demanded: list[int] = []
+        self._upcoming: list[_Wanted] = []
+        self._arriving: set[int] = set()
+        self._held: dict[int, _Held] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._failure: Exception | None = None
         self._closed = False
         self._most_idle = min(MOST_OPEN, _raise_open_files() // 4)
         self._changed = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._fetch_ahead, name=f"fetch-{number}", daemon=True)
-            for number in range(DOWNLOADS)
+            threading.Thread(target=self._fetch, args=(number == 0,), name=f"fetch-{number}", daemon=True)
+            for number in range(1 + DOWNLOADS)
         ]
         for thread in self._threads:
             thread.start()
@@ -106,7 +128,7 @@ class CachedReader:
         except OSError as error:
             raise UserError(f"{self.describe(sample)}: cannot be read: {error}") from None
         finally:
-            self._let_go(held)
+            self._let_go(shard, held)
         if len(data) != size:
             raise UserError(
                 f"{self.describe(sample)}: the cached shard ends after {len(data):,} of the image's {size:,} bytes",
@@ -124,10 +146,13 @@ class CachedReader:
         """Unpin what lies behind, and fetch what comes into sight."""
         with self._changed:
             self._position = position
-            for shard in [shard for shard, held in self._held.items() if NO_WINDOW < held.needed_until < position]:
-                if not self._held[shard].users:
-                    self._held.pop(shard).pinned.close()
+            for shard in [s for s, held in self._held.items() if held.is_behind(position)]:
+                self._held.pop(shard).pinned.close()
             self._changed.notify_all()
+
+    def next_use(self, digest: str) -> int | None:
+        """When this reader needs a shard next, as a position; None if it is not known to."""
+        return self._next_use(digest, self._position)
 
     def describe(self, sample: int) -> str:
         """URL, and key where the shard has arrived."""
@@ -138,7 +163,7 @@ class CachedReader:
         return "List every damaged image on a host that has the shards with: shards verify DIR --decode"
 
     def interrupt(self) -> None:
-        """End the threads that fetch, and the waiting for them; a request to a server is waited for."""
+        """End the waiting of reads at once, and the threads when they come back from what they do."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -146,49 +171,119 @@ class CachedReader:
     def close(self) -> None:
         """Unpin everything; what has been fetched of a shard is kept, and gone on with later."""
         self.interrupt()
+        deadline = time.monotonic() + _SECONDS_TO_CLOSE
         for thread in self._threads:
-            thread.join(_SECONDS_TO_CLOSE)  # they are daemons: one that waits for a server cannot hold up the end
-        for held in self._held.values():
-            held.pinned.close()
-        self._held.clear()
+            # they are daemons: one that waits for a server cannot hold up the end
+            thread.join(max(0.0, deadline - time.monotonic()))
+        with self._changed:
+            for held in self._held.values():
+                held.pinned.close()
+            self._held.clear()
 
     def _hold(self, shard: int) -> _Held:
         with self._changed:
-            while shard in self._fetching and self._failure is None and not self._closed:
+            while shard not in self._held:
+                if self._failure is not None:
+                    raise self._failure
+                if self._closed:
+                    raise RuntimeError("the reader was closed while it waited for a shard")
+                if shard not in self._demanded:
+                    self._demanded.append(shard)
+                    self._changed.notify_all()
                 self._changed.wait()
-            if self._failure is not None:
-                raise self._failure
-            if self._closed:
-                raise RuntimeError("the reader was closed while it waited for a shard")
-            if shard in self._held:
-                self._held.move_to_end(shard)
-                self._held[shard].users += 1
-                return self._held[shard]
-            self._fetching.add(shard)
-        pinned = None
-        try:
-            pinned = self.split.pin(self._cache, shard, self._priority, wait=True)
-        finally:
-            self._fetched(shard, pinned, NO_WINDOW, users=1)
-        return self._held[shard]
+            held = self._held[shard]
+            held.users += 1
+            self._idle.pop(shard, None)
+            return held
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, shard: int, held: _Held) -> None:
         with self._changed:
             held.users -= 1
-            idle = [shard for shard, other in self._held.items() if other.needed_until == NO_WINDOW and not other.users]
-            for shard in idle[: max(0, len(idle) - self._most_idle)]:
-                self._held.pop(shard).pinned.close()
+            self._settle(shard, held)
 
-    def _fetched(self, shard: int, pinned: Pinned | None, needed_until: int, users: int = 0) -> None:
+    def _settle(self, shard: int, held: _Held) -> None:
+        """Keep what nobody uses and no window needs open as long as there is room for it."""
+        if held.users or held.needed_until != NO_WINDOW:
+            return
+        self._idle[shard] = None
+        while len(self._idle) > self._most_idle:
+            oldest, _ = self._idle.popitem(last=False)
+            self._held.pop(oldest).pinned.close()
+
+    def _fetch(self, demands_only: bool) -> None:
+        while True:
+            with self._changed:
+                while (wanted := self._next_wanted(demands_only)) is None and not self._closed:
+                    self._changed.wait(_SECONDS_BEFORE_RETRY if self._upcoming and not demands_only else None)
+                if self._closed or wanted is None:
+                    return
+                self._arriving.add(wanted.shard)
+            pinned = None
+            try:
+                pinned = self._pin(wanted)
+            except Exception as error:  # raised by whoever waits for an image: nobody else would hear of it
+                self._failure = self._failure or error
+            with self._changed:
+                self._arriving.discard(wanted.shard)
+                if pinned is not None:
+                    self._take(wanted.shard, pinned)
+                self._changed.notify_all()
+
+    def _pin(self, wanted: _Wanted) -> Pinned | None:
+        pinned = self.split.pin(self._cache, wanted.shard, self.next_use, wait=False)
+        if pinned is not None:
+            return pinned
+        wanted.is_elsewhere = self._cache.is_arriving(self.split.shards[wanted.shard])
+        if not wanted.is_demanded:
+            wanted.not_before = time.monotonic() + _SECONDS_BEFORE_RETRY
+            return None
+        if not wanted.is_elsewhere:
+            self._drop_lookahead()
+        return self.split.pin(self._cache, wanted.shard, self.next_use, wait=True)
+
+    def _drop_lookahead(self) -> None:
+        """Give the room of what nobody waits for to what somebody waits for; it will be asked for again."""
         with self._changed:
-            self._fetching.discard(shard)
-            if pinned is not None and self._closed:
-                pinned.close()
-            elif pinned is not None:
-                # it may have been asked for ahead, and read before its turn came
-                needed = [wanted.needed_until for wanted in self._wanted if wanted.shard == shard]
-                self._held[shard] = _Held(pinned, max(needed_until, *needed, NO_WINDOW), users)
-            self._changed.notify_all()
+            for shard, held in list(self._held.items()):
+                if held.needed_from > self._expected and not held.users:
+                    self._held.pop(shard).pinned.close()
+                    self._idle.pop(shard, None)
+                    self._upcoming.append(_Wanted(shard, held.needed_from, held.needed_until))
+            self._upcoming.sort(key=lambda wanted: wanted.needed_from)
+
+    def _take(self, shard: int, pinned: Pinned) -> None:
+        if self._closed:
+            pinned.close()
+            return
+        if shard in self._demanded:
+            self._demanded.remove(shard)
+        windows = [wanted for wanted in self._upcoming if wanted.shard == shard]
+        self._upcoming = [wanted for wanted in self._upcoming if wanted.shard != shard]
+        self._held[shard] = _Held(
+            pinned,
+            needed_from=min((wanted.needed_from for wanted in windows), default=NO_WINDOW),
+            needed_until=max((wanted.needed_until for wanted in windows), default=NO_WINDOW),
+        )
+        self._settle(shard, self._held[shard])
+
+    def _next_wanted(self, demands_only: bool) -> _Wanted | None:
+        """What a thread should pin now; None if there is nothing, or nothing that may go before its turn."""
+        for shard in self._demanded:
+            if shard not in self._arriving:
+                return _Wanted(shard, self._expected, NO_WINDOW, is_demanded=True)
+        if demands_only:
+            return None
+        self._look_ahead()
+        self._upcoming = [wanted for wanted in self._upcoming if not wanted.is_behind(self._position)]
+        now = time.monotonic()
+        for wanted in self._upcoming:
+            if wanted.shard in self._arriving:
+                continue
+            if now >= wanted.not_before:
+                return wanted
+            if not wanted.is_elsewhere:
+                return None  # there was no room: what is needed later must not take it
+        return None
 
     def _look_ahead(self) -> None:
         """Put the shards of every block that has come into sight on the list."""
@@ -196,49 +291,12 @@ class CachedReader:
         while self._next_block is not None and self._next_block.first <= sight:
             block = self._next_block
             for shard in dict.fromkeys(piece.shard for piece in block.pieces):
-                if shard in self._held:
+                if shard in self._held and block.last != NO_WINDOW:
+                    self._idle.pop(shard, None)
                     self._held[shard].needed_until = max(self._held[shard].needed_until, block.last)
-                else:
-                    self._wanted.append(_Wanted(shard, block.last))
+                elif shard not in self._held:
+                    self._upcoming.append(_Wanted(shard, block.first, block.last))
             self._next_block = next(self._blocks, None)
-
-    def _fetch_ahead(self) -> None:
-        while True:
-            with self._changed:
-                while (wanted := self._next_wanted()) is None and not self._closed:
-                    self._changed.wait()
-                if wanted is None or self._closed:
-                    return
-                self._fetching.add(wanted.shard)
-            pinned = None
-            try:
-                pinned = self.split.pin(self._cache, wanted.shard, self._priority, wait=False)
-            except Exception as error:  # raised by whoever waits for an image: nobody else would hear of it
-                self._failure = self._failure or error
-            finally:
-                self._fetched(wanted.shard, pinned, wanted.needed_until)
-            if pinned is None and self._failure is None:
-                with self._changed:  # another process fetches it, or there is no room yet
-                    self._wanted.append(wanted)
-                    self._changed.wait(_SECONDS_BEFORE_RETRY)
-
-    def _next_wanted(self) -> _Wanted | None:
-        self._look_ahead()
-        for _ in range(len(self._wanted)):
-            wanted = self._wanted.popleft()
-            if wanted.shard in self._held:
-                held = self._held[wanted.shard]
-                held.needed_until = max(held.needed_until, wanted.needed_until)
-            elif NO_WINDOW < wanted.needed_until < self._position:
-                continue
-            elif wanted.shard in self._fetching:
-                self._wanted.append(wanted)
-            else:
-                return wanted
-        return None
-
-    def _priority(self, digest: str) -> int | None:
-        return self._next_use(digest, self._position)
 
 
 def _raise_open_files() -> int:

@@ -29,8 +29,8 @@ AnySplit = Split | RemoteSplit | StreamSplit
 MOST_STREAMS = 8
 """By default: on one host all of them are read, and each needs two windows in its cache."""
 
-EVALUATION_SHARDS = 4
-"""That the ranks of a host have pinned at once while they evaluate: they move through them together."""
+EVALUATION_SHARDS = 3
+"""That a rank has pinned at once while it evaluates: the one in use, the next, and one that its reads run ahead to."""
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -145,7 +145,7 @@ class Residence:
 
 
 def residence(
-    recipe: Recipe, order: SampleStream, train: RemoteSplit, validation: RemoteSplit, workers: range
+    recipe: Recipe, order: SampleStream, train: RemoteSplit, validation: RemoteSplit, workers: range, ranks: int
 ) -> Residence | None:
     """What the host that runs some logical workers needs; None for an order without windows.
 
@@ -154,6 +154,7 @@ def residence(
         order: of the training samples.
         train, validation: the remote splits.
         workers: positions of the host's logical workers in an update's list of them.
+        ranks: on the host.
     """
     windowed = order.window if isinstance(order, WindowThenUniform) else order
     if not isinstance(windowed, WindowOrder):
@@ -166,19 +167,22 @@ def residence(
         streams=len(windowed.streams_of(workers)),
         windows=windows,
         window_bytes=shards * max(shard.size for shard in train.shards),
-        evaluation_bytes=EVALUATION_SHARDS * max(shard.size for shard in validation.shards),
+        evaluation_bytes=min(EVALUATION_SHARDS * ranks, len(validation.shards))
+        * max(shard.size for shard in validation.shards),
     )
 
 
-def check_capacity(config: Config, order: SampleStream, train: AnySplit, validation: AnySplit, workers: range) -> None:
-    """Refuse windows that the cache of a host cannot hold.
+def check_capacity(
+    config: Config, order: SampleStream, train: AnySplit, validation: AnySplit, workers: range, ranks: int
+) -> None:
+    """Refuse windows that the cache of a host cannot hold; the arguments are those of `residence`.
 
     Raises:
         UserError: with the arithmetic.
     """
     if not isinstance(train, RemoteSplit) or not isinstance(validation, RemoteSplit):
         return
-    needed = residence(config.recipe, order, train, validation, workers)
+    needed = residence(config.recipe, order, train, validation, workers, ranks)
     everything = _bytes(train) + _bytes(validation)
     if needed is None or min(everything, needed.total) <= capacity(config.recipe):
         return

@@ -58,7 +58,7 @@ def open_run(config: Config, world_size: int, local_ranks: range | None = None) 
     plan = plans.resolve(config, world_size, train=train, validation=validation)
     ranks = local_ranks or range(1)  # a host runs one at least
     workers = range(ranks.start * plan.batch.accumulation, ranks.stop * plan.batch.accumulation)
-    check_capacity(config, plan.order, train, validation, workers)
+    check_capacity(config, plan.order, train, validation, workers, len(ranks))
     return plan, train, validation
 
 

@@ -280,7 +280,7 @@ def resolve(
             "val": len(dataset.shard_samples(validation)),
             "bytes": sum(size for size in sizes if size is not None) if None not in sizes else None,
         },
-        residence=dataset.residence(config.recipe, order, train, validation, range(batch.logical_workers))
+        residence=dataset.residence(config.recipe, order, train, validation, range(batch.logical_workers), world_size)
         if isinstance(train, RemoteSplit) and isinstance(validation, RemoteSplit)
         else None,
         digest=train.digest,

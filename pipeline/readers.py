@@ -55,7 +55,7 @@ def training_reader(
 
 
 def evaluation_reader(
-    split: AnySplit, recipe: Recipe, *, rank: int, world_size: int, train: AnySplit | None = None
+    split: AnySplit, recipe: Recipe, *, rank: int, world_size: int, training: Reader | None = None
 ) -> Reader:
     """Open a split for one pass over all of it; positions are sample ids.
 
@@ -63,7 +63,7 @@ def evaluation_reader(
         split: as `dataset.open_split` gave it.
         recipe: says where the cache is.
         rank, world_size: the rank's share of a split that can only be read from end to end.
-        train: the split that training goes on with; its shards are the last to make room.
+        training: the reader that training goes on with, whose next shards should stay in the cache.
     """
     if isinstance(split, Split):
         return ShardReader(split)
@@ -71,14 +71,13 @@ def evaluation_reader(
         start, stop = evaluation_range(len(split), rank, world_size)
         return StreamReader(split, [sequential_blocks(split.counts, start, stop, EVALUATION_BLOCK)])
     counts = [shard.samples for shard in split.shards]
-    others = {shard.sha256 for shard in train.shards} if isinstance(train, RemoteSplit) else set()
     return CachedReader(
         split,
         ShardCache(cache_folder(recipe), capacity(recipe)),
         sequential_blocks(counts, 0, len(split), max(counts)),
         start=0,
-        lookahead=2 * max(counts),
-        next_use=lambda digest, position: position if digest in others else None,
+        lookahead=max(counts),
+        next_use=lambda digest, position: training.next_use(digest) if isinstance(training, CachedReader) else None,
     )
 
 

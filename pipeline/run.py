@@ -114,6 +114,7 @@ class Run:
             page = plan.page(ranks=_where(world), model_lines=model_lines)
             resumed_from = self.samples if saved is not None else None
             self.monitor = self._open.enter_context(contextlib.closing(Monitor(plan, self.engine, page, resumed_from)))
+        self._training_reader: Reader | None = None
         self._seconds_in_steps = 0.0
         self._timed_until = 0.0
         self._skipped = 0
@@ -136,7 +137,7 @@ class Run:
         recipe = self.plan.config.recipe
         plan, world = self.plan, self.world
         requests = training_requests(plan.order, plan.batch, world.rank, self.step, plan.steps)
-        reader = training_reader(
+        reader = self._training_reader = training_reader(
             self.train_split,
             recipe,
             plan.order,
@@ -252,7 +253,9 @@ class Run:
         model.average_statistics(self.engine.model)
         self.engine.evaluation_mode()
         requests = evaluation_requests(images, micro, world.rank, world.size, contiguous=reads_in_sequence(split))
-        reader = evaluation_reader(split, recipe, rank=world.rank, world_size=world.size, train=self.train_split)
+        reader = evaluation_reader(
+            split, recipe, rank=world.rank, world_size=world.size, training=self._training_reader
+        )
         with contextlib.closing(reader), self._loader(reader, requests) as batches:
             return evaluate(self.engine.forward, batches, images=images, device=world.device)
 

@@ -159,6 +159,10 @@ class ShardCache:
                 "Give the cache a larger capacity, or make the data set again with more, smaller shards.",
             )
 
+    def is_arriving(self, shard: Shard) -> bool:
+        """Whether a part of a shard is in the cache; if `pin` did not go on with it, another process does."""
+        return part_path(self.folder, shard.sha256, shard.size).exists()
+
     def _open(self, shard: Shard, labels: Labels) -> Pinned | None:
         """The shard if its tar and its table are there."""
         descriptor = self._pin_tar(shard)
