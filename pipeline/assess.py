@@ -22,6 +22,7 @@ from pipeline.loader import Loader, default_threads, evaluation_requests
 from pipeline.readers import evaluation_reader, reads_in_sequence
 from pipeline.schema import Transform
 from shards.errors import UserError
+from shards.fetch import mask
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,9 +34,15 @@ def run(args: argparse.Namespace) -> int:
             f"{args.weights}: there is no {checkpoint.RESOLVED_FILE} beside the weights",
             "Say how they were trained: --config ds_configs/X.json",
         )
-    overrides = [f"recipe.data={json.dumps(args.data)}"] if args.data else []
+    overrides = [f"recipe.data={json.dumps(args.data)}", "recipe.stream=null"] if args.data else []
     experiment = config.load(config_path, overrides)
     recipe = experiment.recipe
+    if recipe.stream is not None and args.config is None:
+        # a run folder may come from somebody else, and its configuration would run a command of theirs here
+        raise UserError(
+            f"{config_path}: the run read its data through recipe.stream: {mask(recipe.stream)}",
+            "Name a configuration that you trust with --config FILE, or the folder of the shards with --data DIR.",
+        )
     split = open_split(recipe, recipe.evaluation.split)
     network = model.create(recipe.model, len(split.classes), recipe.seed, recipe.transform.size)
     checkpoint.load_weights(weights, network)

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure weights or a checkpoint on the whole split, in fp32")
     evaluate.add_argument("weights", type=Path, help="a .safetensors file, a checkpoint folder, or a run folder")
     evaluate.add_argument("--config", help="the configuration; default: config.resolved.json of the run")
-    evaluate.add_argument("--data", help="folder of shards; default: the configuration's")
+    evaluate.add_argument("--data", help="folder or URL of shards; default: the configuration's")
     evaluate.add_argument("--json", action="store_true", help="one JSON object")
 
     report_parser = commands.add_parser("report", help="one HTML page about one run, or comparing several")
@@ -85,20 +85,20 @@ def _plan(args: argparse.Namespace) -> int:
     from pipeline.experiment import open_run, overrides_of
 
     experiment = config.load(args.config, overrides_of(args))
-    where = ""
+    where, local_ranks = "", None
     if args.world_size is not None:
         if args.hostfile or args.ranks:
             raise UserError("--world-size and --hostfile or --ranks both say how many ranks there are: give one")
         world_size = args.world_size
     else:
         ranks = launch.ranks_of(args, experiment)
-        world_size, where = ranks.world_size, ranks.where
+        world_size, where, local_ranks = ranks.world_size, ranks.where, range(ranks.most_on_a_host)
     if args.samples is not None:
         if args.samples < 1:
             raise UserError(f"--samples {args.samples}: a training set has at least one image")
         resolved, classes = plan.resolve(experiment, world_size, samples=args.samples), 1000
     else:
-        resolved, train, _ = open_run(experiment, world_size)
+        resolved, train, _ = open_run(experiment, world_size, local_ranks)
         classes = len(train.classes)
     rows = None
     if args.build_model:

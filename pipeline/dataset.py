@@ -29,6 +29,9 @@ AnySplit = Split | RemoteSplit | StreamSplit
 MOST_STREAMS = 8
 """By default: on one host all of them are read, and each needs two windows in its cache."""
 
+MOST_STREAMED = 64
+"""The same where shards are read from end to end: ranks that share a stream read all of it each."""
+
 EVALUATION_SHARDS = 3
 """That a rank has pinned at once while it evaluates: the one in use, the next, and one that its reads run ahead to."""
 
@@ -77,7 +80,7 @@ def choose_order(config: Config, batch: Batch, train: AnySplit, validation: AnyS
     remote = isinstance(train, RemoteSplit)
     fits = _bytes(train) + _bytes(validation) <= capacity(recipe)
     if isinstance(train, StreamSplit):
-        return _windowed(config, batch, samples, recipe.order.shuffle_buffer, "stream-v1")
+        return _windowed(config, batch, samples, recipe.order.shuffle_buffer, "stream-v1", MOST_STREAMED)
     if kind == "uniform" and remote and not fits:
         raise UserError(
             f"{config.path}: recipe.order.kind is uniform, and the shards do not fit into the cache",
@@ -88,15 +91,15 @@ def choose_order(config: Config, batch: Batch, train: AnySplit, validation: AnyS
     if kind == "uniform" or (kind == "auto" and not remote):
         return Order(sum(samples), seed)
     window = recipe.order.window_shards * math.ceil(sum(samples) / len(samples))
-    windowed = _windowed(config, batch, samples, window, "window-v1")
+    windowed = _windowed(config, batch, samples, window, "window-v1", MOST_STREAMS)
     return WindowThenUniform(windowed, Order(sum(samples), seed)) if kind == "auto" and fits else windowed
 
 
-def _windowed(config: Config, batch: Batch, samples: list[int], window: int, name: str) -> WindowOrder:
+def _windowed(config: Config, batch: Batch, samples: list[int], window: int, name: str, most: int) -> WindowOrder:
     workers = batch.logical_workers
     streams = config.recipe.order.streams
     if streams is None:
-        streams = max(number for number in range(1, MOST_STREAMS + 1) if workers % number == 0)
+        streams = max(number for number in range(1, most + 1) if workers % number == 0)
     if workers % streams:
         divisors = [number for number in range(1, workers + 1) if workers % number == 0]
         raise UserError(

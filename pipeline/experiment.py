@@ -31,7 +31,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, positional: bool = 
         metavar="PATH=VALUE",
         help="override any value by its path, e.g. --set optimizer.params.lr=0.4 (repeatable)",
     )
-    parser.add_argument("--data", help="folder of shards; the same as --set recipe.data=DIR")
+    parser.add_argument("--data", help="folder or URL of shards; the same as --set recipe.data=DIR")
     parser.add_argument("--run", help="run folder; the same as --set recipe.run=DIR")
 
 

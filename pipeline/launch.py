@@ -45,12 +45,14 @@ class Ranks:
         world_size: their number.
         options: the launcher's options that bring them about.
         where: for people, e.g. "4 hosts × 8".
+        most_on_a_host: of them.
         environment: variables for the launcher that choose their devices.
     """
 
     world_size: int
     options: list[str]
     where: str
+    most_on_a_host: int
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -97,7 +99,8 @@ def ranks_of(args: argparse.Namespace, experiment: Config) -> Ranks:
     slots = {len(numbers) for numbers in chosen.values()}
     world_size = sum(len(numbers) for numbers in chosen.values())
     each = f" × {slots.pop()}" if len(slots) == 1 else ""
-    return Ranks(world_size, options, f"{len(chosen)} host{'s' * (len(chosen) != 1)}{each}")
+    where = f"{len(chosen)} host{'s' * (len(chosen) != 1)}{each}"
+    return Ranks(world_size, options, where, max(map(len, chosen.values())))
 
 
 def _local_ranks(count: int | None, experiment: Config) -> Ranks:
@@ -111,7 +114,7 @@ def _local_ranks(count: int | None, experiment: Config) -> Ranks:
     number = ["--num_accelerators", str(count)]
     if not gpus:
         accelerator = os.environ.get("DS_ACCELERATOR", "cpu")
-        return Ranks(count, options + number, "", {"DS_ACCELERATOR": accelerator, "CUDA_VISIBLE_DEVICES": ""})
+        return Ranks(count, options + number, "", count, {"DS_ACCELERATOR": accelerator, "CUDA_VISIBLE_DEVICES": ""})
     named = "CUDA_VISIBLE_DEVICES" in os.environ
     if count > len(gpus):
         raise UserError(
@@ -120,8 +123,8 @@ def _local_ranks(count: int | None, experiment: Config) -> Ranks:
         )
     where = f"{count} of this machine's {len(gpus)} GPUs" if len(gpus) > count else ""
     if named:  # the launcher goes by the variable only where it is given no number
-        return Ranks(count, options, where, {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus[:count]))})
-    return Ranks(count, options + number, where)
+        return Ranks(count, options, where, count, {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus[:count]))})
+    return Ranks(count, options + number, where, count)
 
 
 def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
@@ -135,7 +138,7 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
     if remote:
         hosts.check_remote(launcher, experiment.path)
     check_monitors(experiment)
-    plan, _, _ = open_run(experiment, ranks.world_size)
+    plan, _, _ = open_run(experiment, ranks.world_size, range(ranks.most_on_a_host))
     folder = experiment.run_folder
     if folder.exists():
         with exclusive(folder, "training"):

@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.dataset import AnySplit
 from pipeline.order import Order, SampleStream
 from pipeline.schedule import Schedule, exact
+from pipeline.window import WindowThenUniform
 from shards.fetch import mask
 from shards.remote import RemoteSplit
 
@@ -76,7 +77,7 @@ class Plan:
         recipe = self.config.recipe
         return {
             "config": str(self.config.path),
-            "overrides": list(self.config.overrides),
+            "overrides": [mask(override) for override in self.config.overrides],
             "model": recipe.model.name,
             "train_samples": self.train_samples,
             "val_samples": self.val_samples,
@@ -103,7 +104,16 @@ class Plan:
             "precision": self.config.precision,
             "index_digest": self.digest,
             "run": str(self.config.run_folder),
-            "deepspeed": {**self.config.resolved(), **self.batch.deepspeed()},
+            "deepspeed": {**self._masked(), **self.batch.deepspeed()},
+        }
+
+    def _masked(self) -> dict[str, Any]:
+        """The configuration as it may be shown: what a URL holds besides its address may be a secret."""
+        resolved = self.config.resolved()
+        recipe = resolved["recipe"]
+        return {
+            **resolved,
+            "recipe": {**recipe, **{key: mask(recipe[key]) for key in ("data", "stream") if recipe[key]}},
         }
 
     def page(self, *, ranks: str = "", model_lines: list[tuple[str, str]] | None = None) -> list[tuple[str, str]]:
@@ -217,10 +227,12 @@ class Plan:
 
     def _locality_line(self) -> str:
         """What the reader of a run must know of an order that is not the paper's."""
-        text = "no uniform permutation: images of one update come from few shards at a time (recipe.order)"
-        if self.residence is None:
+        when = "in epoch 1 " if isinstance(self.order, WindowThenUniform) else ""
+        text = f"{when}no uniform permutation: images of one update come from few shards at a time (recipe.order)"
+        if self.residence is None or self.shards is None or self.shards["bytes"] is None:
             return text
-        return f"{text} · cache: {filesize.decimal(self.residence.total)} at once if one host has all streams"
+        least = min(self.residence.total, self.shards["bytes"])
+        return f"{text} · cache: {filesize.decimal(least)} at once if one host has all ranks"
 
     def _data_line(self) -> str:
         if self.shards is None or self.digest is None:

@@ -15,9 +15,13 @@ from pipeline.schema import Recipe
 from pipeline.stream import StreamReader
 from pipeline.window import Block, Piece, WindowOrder, WindowThenUniform, merge, sequential_blocks
 from shards.cache import ShardCache
+from shards.fetch import Retry
 from shards.index import Split
 from shards.remote import RemoteSplit
 from shards.streamed import StreamSplit
+
+PATIENT = Retry(attempts=20)
+"""Some seven minutes without a byte before a training under way is given up; what cannot get better ends it at once."""
 
 EVALUATION_BLOCK = 256
 """Images that a streamed evaluation holds in memory at once, twice."""
@@ -46,7 +50,7 @@ def training_reader(
     host_workers = range(local_ranks.start * batch.accumulation, local_ranks.stop * batch.accumulation)
     return CachedReader(
         split,
-        ShardCache(cache_folder(recipe), capacity(recipe)),
+        ShardCache(cache_folder(recipe), capacity(recipe), retry=PATIENT),
         _training_blocks(order, split, workers, position),
         start=position,
         lookahead=_lookahead(order),
@@ -73,7 +77,7 @@ def evaluation_reader(
     counts = [shard.samples for shard in split.shards]
     return CachedReader(
         split,
-        ShardCache(cache_folder(recipe), capacity(recipe)),
+        ShardCache(cache_folder(recipe), capacity(recipe), retry=PATIENT),
         sequential_blocks(counts, 0, len(split), max(counts)),
         start=0,
         lookahead=max(counts),

@@ -64,6 +64,7 @@ class Prepared:
         configuration = json.dumps(resolved, sort_keys=True)
         return {
             "configuration": hashlib.sha256(configuration.encode()).hexdigest()[:12],
+            "order": self.plan.order.name,  # it depends on where a host's shards lie
             "training shards": self.train_split.digest[:12],
             "validation shards": self.validation_split.digest[:12],
             "checkpoint": f"step {self.saved.step}" if self.saved is not None else "none",

@@ -137,9 +137,9 @@ class SampleOrder(Section):
 
     kind: Literal["auto", "uniform", "window", "stream"] = "auto"
     window_shards: int = Field(16, ge=1, description="shards in a window of a stream; window only")
-    shuffle_buffer: int = Field(1000, ge=1, description="images held in memory per stream; stream only")
+    shuffle_buffer: int = Field(256, ge=1, description="images per stream, held in memory twice; stream only")
     streams: int | None = Field(
-        None, ge=1, description="a divisor of k; each host fetches its own (default: the largest one up to 8)"
+        None, ge=1, description="a divisor of k; each host fetches its own (default: the largest up to 8; stream: 64)"
     )
 
 

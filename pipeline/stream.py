@@ -8,7 +8,11 @@ arrives is checked against the index, for a shard with another number of samples
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import signal
+import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +30,14 @@ from shards.streamed import StreamSplit
 BLOCKS_IN_MEMORY = 2
 """Of each stream: the one in use, and the next, which arrives meanwhile."""
 
-_SECONDS_TO_CLOSE = 5.0
+PATIENCE = 600.0
+"""Seconds without any image, of any stream, after which a read gives up."""
+
+_SECONDS_TO_CLOSE = 3.0
+_COMMAND = "pipe:"
+_PIPE_BYTES = 1 << 16
+_KILLED_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class StreamReader:
@@ -62,7 +73,13 @@ class StreamReader:
                     raise self._failure
                 if self._closed:
                     raise RuntimeError(f"{self.describe(sample)}: the reader was closed while it waited for this image")
-                self._changed.wait()
+                if not any(thread.is_alive() for thread in self._threads):
+                    raise RuntimeError(f"{self.describe(sample)}: is in no block of this rank's streams")
+                if not self._changed.wait(PATIENCE):
+                    raise UserError(
+                        f"{self.describe(sample)}: nothing has arrived for {PATIENCE:,.0f} s",
+                        "The command or the connection that recipe.stream opens hangs. Try it by hand.",
+                    )
             return self._ready[sample]
 
     def expect(self, position: int) -> None:
@@ -97,8 +114,10 @@ class StreamReader:
     def close(self) -> None:
         """As `interrupt`; nothing else is open."""
         self.interrupt()
+        deadline = time.monotonic() + _SECONDS_TO_CLOSE
         for thread in self._threads:
-            thread.join(_SECONDS_TO_CLOSE)  # they are daemons: what cannot be ended does not hold up the end
+            # they are daemons: what cannot be ended does not hold up the end
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self, shards: _Shards, blocks: Iterator[Block]) -> None:
         in_memory: deque[tuple[Block, list[int]]] = deque()
@@ -189,15 +208,14 @@ class _Shards:
         except Exception as error:  # whatever the command, the network or tarfile makes of a damaged stream
             raise UserError(
                 f"{mask(url)}: cannot be read: {mask(str(error))}",
-                f"It is opened by recipe.stream. Try it by hand, and check {self._split.root}.",
+                f"It is opened by recipe.stream. Try it by hand, and check {mask(self._split.root)}.",
             ) from error
 
     def _open_at(self, piece: Piece, url: str) -> None:
-        from webdataset.gopen import gopen
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         self._leave()
-        self._stream = gopen(url)
+        self._stream = _open(url)
         if self._closed:  # meanwhile
             self._leave()
         self._samples = group_by_keys(tar_file_expander([{"url": url, "stream": self._stream}]))
@@ -209,7 +227,14 @@ class _Shards:
         if sample is None:
             raise self._other_length(url, shard, f"has {row:,}")
         place = f"{mask(url)}: key {sample['__key__']}"
-        image = next((data for name, data in sample.items() if name in IMAGE_EXTENSIONS), None)
+        images = [name for name in sample if name in IMAGE_EXTENSIONS]
+        if len(images) > 1:
+            raise UserError(
+                f"{place}: has {len(images)} images: .{' and .'.join(images)}",
+                "Write shards that hold one alone, saying which: "
+                f"shards prepare webdataset DIR OUT --image {images[0]}",
+            )
+        image = sample[images[0]] if images else None
         labels = self._split.labels
         label = sample.get(labels.extension)
         if image is None or label is None:
@@ -225,5 +250,22 @@ class _Shards:
     def _other_length(self, url: str, shard: int, has: str) -> UserError:
         return UserError(
             f"{mask(url)}: {has} samples, the index says {self._split.counts[shard]:,}",
-            f"Every position after it would be another sample. Index the shards again, and renew {self._split.root}.",
+            "Every position after it would be another sample.",
+            f"Index the shards again, and renew {mask(self._split.root)}.",
         )
+
+
+def _open(url: str) -> Any:
+    """webdataset's stream of a URL; of a command, in a process that does not outlive this one."""
+    from webdataset.gopen import Pipe, gopen
+
+    if not url.startswith(_COMMAND):
+        return gopen(url)
+    command = url.removeprefix(_COMMAND)
+    return Pipe(command, mode="rb", shell=True, bufsize=_PIPE_BYTES, preexec_fn=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """In the child, before the shell: SIGKILL once this process is gone, for a command that hangs notices nothing."""
+    if _LIBC is not None:
+        _LIBC.prctl(_KILLED_WITH_PARENT, signal.SIGKILL)

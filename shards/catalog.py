@@ -50,6 +50,11 @@ class Catalog:
                 yield _entry(row, text)
 
 
+def training_split(source: Source) -> str:
+    """The split that limits and numbers of shards are about: "train", or the first one where none is called so."""
+    return "train" if "train" in source.splits else source.splits[0]
+
+
 def build_catalog(source: Source, split: str, seed: int, folder: Path, selection: Selection | None = None) -> Catalog:
     """List the selected part of a split of a source into `folder` and shuffle the list.
 
@@ -86,7 +91,7 @@ def _build_catalog(source: Source, split: str, seed: int, folder: Path, selectio
         raise UserError(f"{source.name}: split {split!r} has no images{chosen}")
     _check_keys_differ(source, split, np.frombuffer(hashes, np.uint64), folder)
     order = shuffled(count, f"onehour shards {seed} {split}")
-    if selection.per_class is not None and split == source.splits[0]:
+    if selection.per_class is not None and split == training_split(source):
         entries = np.memmap(folder / f"{split}.entries", _ENTRY_DTYPE, "r")
         order = selection.thin(order, entries["label"])
         count, image_bytes = len(order), int(np.maximum(entries["size"][order], 0).sum())

@@ -30,10 +30,47 @@ _NUMBER = re.compile(r"[-+]?[\d.]*")
 _MOST_NAMES = 100_000
 """More different labels than this are no class names but texts, one for each image."""
 
+_MOST_CLASSES = 1 << 22
+"""That ``--classes N`` may ask for; the largest sets have two million."""
+
 
 def number_classes(count: int) -> tuple[str, ...]:
     """Names for classes that have none: ``("0", "1", …)``."""
     return tuple(map(str, range(count)))
+
+
+def number_found_classes(
+    place: str, highest: int, samples: int, mend: str = "Give the classes with --classes FILE|N."
+) -> tuple[str, ...]:
+    """`number_classes` up to the highest label that was found.
+
+    Args:
+        place: where that label stands, for messages.
+        highest: label; -1 for none.
+        samples: that labels were read of.
+        mend: what to do where the labels are right, for messages.
+
+    Raises:
+        UserError: if there would be more classes than samples, and more than any such set has.
+    """
+    if highest >= max(_MOST_NAMES, samples):
+        raise UserError(
+            f"{place}: label {highest:,} is no class number: there are {samples:,} images in all",
+            f"Class numbers count the classes from 0. {mend}",
+        )
+    return number_classes(highest + 1)
+
+
+def note_first_class(names: Sequence[str], lowest: int) -> str | None:
+    """What a person should know if no label is 0 and the classes have no names that could explain it.
+
+    Args:
+        names: of the classes.
+        lowest: label of all splits.
+    """
+    if lowest == 1 and names[0] == "0":
+        return "class 0 has no image; are the labels counted from 1?"
+    return None
 
 
 def name_classes(folder: Path, option: str | None) -> tuple[str, ...] | None:
@@ -47,7 +84,9 @@ def name_classes(folder: Path, option: str | None) -> tuple[str, ...] | None:
         return parse_classes(path, "Repair it, or give --classes FILE|N") if path.exists() else None
     if option == FROM_LABELS:
         return None
-    if option.isdigit() and int(option) > 0:
+    if is_number(option) and int(option) > 0:
+        if int(option) > _MOST_CLASSES:
+            raise UserError(f"--classes {option}: at most {_MOST_CLASSES:,} classes")
         return number_classes(int(option))
     path = Path(option)
     if path.suffix == ".json":
@@ -86,13 +125,16 @@ def survey_classes(tars: Sequence[Path], labels: Labels, workers: int | None = N
         workers: number of processes.
 
     Raises:
-        UserError: if some labels are numbers and some names, or there are too many names to be classes.
+        UserError: if some labels are numbers and some names, or there are too many names to be classes, or
+            a number is too large to be one.
     """
     names: set[str] = set()
-    highest = -1
-    for tar, (some, number) in run_tasks(partial(_survey_shard, labels), tars, workers):
+    highest, where, samples = -1, "", 0
+    for tar, (some, number, place, count) in run_tasks(partial(_survey_shard, labels), tars, workers):
         names |= some
-        highest = max(highest, number)
+        samples += count
+        if number > highest:
+            highest, where = number, place
         _check_few(tar, labels, names)
     if names and highest >= 0:
         raise UserError(
@@ -100,22 +142,25 @@ def survey_classes(tars: Sequence[Path], labels: Labels, workers: int | None = N
             f"{highest} is one of the numbers, {min(names)!r} one of the names.",
             "Give the list of classes in the order of their numbers with --classes FILE.",
         )
-    return tuple(sorted(names)) if names else number_classes(highest + 1)
+    return tuple(sorted(names)) if names else number_found_classes(where, highest, samples)
 
 
-def _survey_shard(labels: Labels, tar: Path) -> tuple[set[str], int]:
+def _survey_shard(labels: Labels, tar: Path) -> tuple[set[str], int, str, int]:
+    """Names, highest number, the sample that has it, and the count of samples."""
     names: set[str] = set()
-    highest = -1
+    highest, where, count = -1, "", 0
     for place, descriptor, sample in _samples(tar):
         text = labels.text(place, descriptor, sample)
+        count += 1
         if is_number(text):
-            highest = max(highest, int(text))
+            if int(text) > highest:
+                highest, where = int(text), place
         elif _NUMBER.fullmatch(text):
             raise UserError(f"{place}: label {text[:80]!r} ({labels.source}) is neither a class number nor a name")
         else:
             names.add(text)
             _check_few(tar, labels, names)
-    return names, highest
+    return names, highest, where, count
 
 
 def _samples(tar: Path) -> Iterator[tuple[str, int, IndexedSample]]:

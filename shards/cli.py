@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +78,9 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
         _add_selection(parser)
         _add_reencoding(parser)
         _add_workers(parser)
-        parser.add_argument("--overwrite", action="store_true", help="replace a data set that is in OUT")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace the data set that is in OUT: all shards that it lists"
+        )
         parser.set_defaults(run=_prepare)
 
 
@@ -184,12 +187,11 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--class",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
         dest="classes",
-        metavar="NAME",
-        help="look only at these classes, by name or number",
+        metavar="A,B",
+        help="look only at these classes, by name or number; may be repeated",
     )
     parser.add_argument("--out", type=Path, metavar="PNG", help="the sheet (default: DIR-SPLIT.png or TAR.png here)")
     parser.add_argument("--all", action="store_true", help="read the headers of all images, not of 10,000")
@@ -307,7 +309,7 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
 def _split_class(argv: Sequence[str]) -> list[str]:
     """``prepare torchvision:CIFAR10`` → ``prepare torchvision:<Class> CIFAR10``, a name and an argument to argparse."""
     words = list(argv)
-    if len(words) > 1 and words[0] == "prepare" and words[1].startswith("torchvision:"):
+    if len(words) > 1 and words[0] == "prepare" and words[1].partition(":")[0] == "torchvision":
         words[1:2] = ["torchvision:<Class>", words[1].partition(":")[2]]
     return words
 
@@ -354,16 +356,28 @@ def _bench(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a reader that has gone, such as ``head``, to `main`: rich would exit with 1, `verify`'s code."""
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for problems that `verify` found, 2 for a mistake."""
     arguments = build_parser().parse_args(_split_class(sys.argv[1:] if argv is None else argv))
     try:
-        return arguments.run(arguments, Console())
+        code = arguments.run(arguments, _Console())
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"shards: {error.headline}", *(f"  {line}" for line in error.details), sep="\n", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit would try to write the rest
+        return 141  # what a shell reports of a process that SIGPIPE ended
     except KeyboardInterrupt:
-        print("shards: interrupted; run the same command again to go on", file=sys.stderr)
+        goes_on = arguments.run in (_prepare, _index)
+        print(f"shards: interrupted{'; run the same command again to go on' * goes_on}", file=sys.stderr)
         return 130
 
 

@@ -72,8 +72,9 @@ def join_url(root: str, name: str) -> str:
 
 def mask(text: str) -> str:
     """The text with user names, passwords and queries of URLs in it made unreadable: they may be secrets."""
-    text = re.sub(r"://[^/\s@'\"]+@", "://***@", text)
-    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]+", r"\1?***", text)
+    # after a colon to the last @ before a blank: a password may hold slashes, quotes and further @
+    text = re.sub(r"://(?:[^\s?#/@]*:[^\s?#]*|[^/\s@]+)@", "://***@", text)
+    return re.sub(r"(://[^\s?#]*)[?#]\S+", r"\1?***", text)
 
 
 def check_scheme(url: str) -> None:
@@ -112,7 +113,7 @@ def read_small(url: str, limit: int = 64 << 20, *, retry: Retry | None = None) -
         FileNotFoundError: if it is not there.
         UserError: if it is larger than `limit`, or cannot be read for another reason, naming URL and mend.
     """
-    source = _Source(url, retry or Retry())
+    source = _Source(url, retry or Retry(attempts=4))  # nothing has begun: an early answer is worth more
     failures = _Failures(url, source.retry)
     while True:
         try:

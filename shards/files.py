@@ -60,6 +60,30 @@ def write_whole(path: Path, data: bytes, scratch: Path | None = None) -> None:
         file.write(data)
 
 
+def remove_orphans(folder: Path) -> None:
+    """Remove the temporary files of `whole_file` in a folder whose process no longer runs: a SIGKILL leaves them.
+
+    Args:
+        folder: written by processes of this host alone at the moment; need not exist.
+    """
+    for path in folder.glob(".*.*.tmp"):
+        process = path.name.split(".")[-2]
+        if process.isascii() and process.isdigit() and not _is_running(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if process in (0, os.getpid()):  # 0 would mean our own group; the caller has written nothing yet
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside the folder durable; a no-op where folders cannot be opened."""
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from shards.classes import FROM_LABELS, name_classes, number_classes, survey_classes
+from shards.classes import FROM_LABELS, name_classes, note_first_class, number_found_classes, survey_classes
 from shards.errors import UserError
 from shards.files import exclusive, read_file, sha256_file, write_whole
 from shards.idx import format_index, index_path, is_older_than_its_index, list_samples
@@ -121,7 +121,7 @@ def index_folder(
         tables = {
             name: join(name, shards[name], [read[tar].table for tar in part]) for name, part in layout.splits.items()
         }
-        names = labels.classes or number_classes(1 + max(int(table["label"].max()) for table in tables.values()))
+        names = labels.classes or _number_classes(read)
         by_name = any(indexed.table.by_name for indexed in read.values())
         manifest = _describe(folder, shards, earlier, labels.record(by_name))
         for name, table in tables.items():
@@ -139,6 +139,8 @@ def index_folder(
         _say(console, name, f"{len(shards[name]):,} shards · {len(table):,} images · {size / 1e6:,.1f} MB")
     if manifest.record.get("label"):
         _say(console, "labels", f"{labels.source}" + (", looked up by name among the classes" if by_name else ""))
+    if note := note_first_class(names, min(int(table["label"].min()) for table in tables.values())):
+        _say(console, "note", note)
     _say_effort(console, list(read.values()))
     _say(console, "done", f"{len(names):,} classes · check with: shards verify {folder}")
     return manifest
@@ -165,6 +167,11 @@ def _read_all(job: _Job, tasks: Sequence[_Task], workers: int, console: Console)
             read[task.tar] = result
             advance(1)
     return read
+
+
+def _number_classes(read: dict[Path, _Indexed]) -> tuple[str, ...]:
+    highest, tar = max((int(indexed.table.samples["label"].max()), tar) for tar, indexed in read.items())
+    return number_found_classes(str(tar), highest, sum(indexed.shard.samples for indexed in read.values()))
 
 
 def _index_tar(job: _Job, task: _Task) -> _Indexed:

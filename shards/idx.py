@@ -90,7 +90,8 @@ def _check_names(sample: IndexedSample) -> None:
         if len(component.name.split()) != 1:
             raise UserError(
                 f"member name {component.name!r} contains a blank",
-                "The .idx format separates its fields by blanks. Make the shard again with other keys.",
+                "The .idx format separates its fields by blanks. Write new shards with keys that have none:",
+                "shards prepare webdataset DIR OUT",
             )
 
 
@@ -109,15 +110,6 @@ def list_samples(tar: Path) -> list[IndexedSample]:
     except UserError as error:
         raise UserError(f"{tar}: {error.headline}", *error.details) from None
     return samples
-
-
-def index_tar(tar: Path) -> bytes:
-    """The content of the ``.idx`` for a tar, from its headers.
-
-    Raises:
-        UserError: as `list_samples`.
-    """
-    return format_index(list_samples(tar))
 
 
 def read_count(path: Path) -> int:

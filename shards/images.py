@@ -101,6 +101,11 @@ class ImageHeader:
         """Whether fast decoders refuse it: anything but a sequential 8-bit Huffman-coded gray or YCbCr JPEG."""
         return self.kind not in ORDINARY_KINDS
 
+    @property
+    def clipped(self) -> bool:
+        """Whether Pillow's ``convert("RGB")``, as training calls it, makes white of all but its darkest values."""
+        return self.format in ("png", "pgm") and self.colour == "gray" and (self.bits or 0) > 8
+
 
 def describe_image(data: bytes) -> ImageHeader | None:
     """Read what an image is from its header, decoding nothing; None if the bytes are no image.

@@ -235,13 +235,24 @@ class Labels:
         )
 
 
-def read_sample(tar: Path, descriptor: int, sample: IndexedSample, labels: Labels) -> tuple[Component, str, int]:
+def read_sample(
+    tar: Path, descriptor: int, sample: IndexedSample, labels: Labels, image_extension: str | None = None
+) -> tuple[Component, str, int]:
     """Find the image of a sample and read its label: (image, label as written, class number).
 
+    Args:
+        tar: for messages.
+        descriptor: of the open tar.
+        sample: where its components lie.
+        labels: how it is labelled.
+        image_extension: of the component that is the image, in lower case; by default the one with an extension of
+            images, of which there must not be two.
+
     Raises:
-        UserError: if it has no image or no label, two components with one extension, or a label that names no class.
+        UserError: if it has no image or several, no label, two components with one extension, or a label that names
+            no class.
     """
-    image: Component | None = None
+    images = []
     place = f"{tar}: key {sample.key}"
     seen = set()
     for component in sample.components:
@@ -252,15 +263,24 @@ def read_sample(tar: Path, descriptor: int, sample: IndexedSample, labels: Label
                 "webdataset refuses such shards as well. Make the shard again with a key of its own per sample.",
             )
         seen.add(extension)
-        if image is None and extension in IMAGE_EXTENSIONS:
-            image = component
-    if image is None:
+        if extension == image_extension or (image_extension is None and extension in IMAGE_EXTENSIONS):
+            images.append(component)
+    if not images:
         names = " and ".join(component.name for component in sample.components)
+        wanted = f" (.{image_extension})" if image_extension else ""
         raise UserError(
-            f"{place}: has no image; it consists of {names}",
+            f"{place}: has no image{wanted}; it consists of {names}",
             f"Every sample needs one image and one {labels.source} with its class.",
             "Members of one sample must be neighbours in the tar; tar --sort=name makes them so.",
         )
+    if len(images) > 1:
+        extensions = [component.extension.lower() for component in images]
+        raise UserError(
+            f"{place}: has {len(images)} images: .{' and .'.join(extensions)}",
+            "Readers would take one or the other. Write shards that hold one alone, saying which:",
+            f"shards prepare webdataset DIR OUT --image {extensions[0]}",
+        )
+    image = images[0]
     if image.size >= 2**32:
         raise UserError(f"{place}: an image of {image.size:,} bytes")
     text = labels.text(place, descriptor, sample)

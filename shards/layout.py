@@ -79,11 +79,17 @@ def _tars_in(folder: Path, pattern: str) -> list[Path]:
     for path in folder.glob(pattern):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        if path.suffix == ".tar":
+        name = path.name.lower()
+        if name.endswith(".tar"):
+            if path.suffix != ".tar":
+                raise UserError(
+                    f"{path}: shards are found by the extension .tar, in lower case",
+                    f"Rename it: {path.stem}.tar. If it is no shard, move it out of this folder.",
+                )
             _check_uncompressed(path)
             tars.append(path)
-        elif path.name.endswith((".tgz", *(f".tar.{ending}" for ending in _COMPRESSED_NAMES))):
-            raise _compressed(path, path.suffix[1:])
+        elif name.endswith((".tgz", *(f".tar.{ending}" for ending in _COMPRESSED_NAMES))):
+            raise _compressed(path, path.suffix[1:].lower())
     return tars
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from shards.catalog import Catalog
 from shards.errors import UserError
 from shards.files import read_file
-from shards.manifest import INDEX_NAME, PREPARE_FOLDER, read_manifest, to_json
+from shards.manifest import INDEX_NAME, PREPARE_FOLDER, parse_manifest, read_manifest, to_json
 from shards.reencode import Reencoding
 from shards.select import Selection
 from shards.sources.base import Source
@@ -31,7 +31,12 @@ FEWEST_SHARDS = 8
 PLAN_NAME = "plan.json"
 """Of an unfinished data set, in its state folder."""
 
+REPLACED_NAME = "replaced.json"
+"""In the state folder: the index of a data set that is being removed."""
+
 _MEND = "Choose another folder, or have it replaced with --overwrite."
+
+_MOST_DIFFERENCES = 20
 
 
 def check_counts(**counts: int | None) -> None:
@@ -49,6 +54,11 @@ def check_counts(**counts: int | None) -> None:
 
 def cut(catalogs: list[Catalog], shards: int | None, samples_per_shard: int | None) -> dict[str, list[int]]:
     """Bounds of the shards of each split: n + 1 positions for n shards, whose sizes differ by at most one.
+
+    Args:
+        catalogs: of the splits, that for training first.
+        shards: number of shards of the first split; the others get shards of the same size.
+        samples_per_shard: upper bound, instead of `shards`.
 
     Raises:
         UserError: if more shards are asked for than there are images.
@@ -118,8 +128,41 @@ def read_plan(out: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError, RecursionError):
         pass
     for path in out.glob("*.tar"):
-        raise UserError(f"{path}: is there already, and no {INDEX_NAME} says what made it", _MEND)
+        known = (out / PREPARE_FOLDER / REPLACED_NAME).exists()
+        raise UserError(
+            f"{path}: is there already, and no {INDEX_NAME} says what made it",
+            _MEND if known else "Choose another folder, or remove it.",
+        )
     return None
+
+
+def replaceable(out: Path) -> list[Path]:
+    """The tars of the data set in `out`, complete or not, that --overwrite replaces: those that its own lists name.
+
+    Raises:
+        UserError: if there is another tar; it may be anybody's, and beside the new shards it would be taken for one.
+    """
+    tars: set[Path] = set()
+    for path in (out / INDEX_NAME, out / PREPARE_FOLDER / REPLACED_NAME):
+        try:
+            manifest = parse_manifest(json.loads(read_file(path)), out, str(path), "")
+        except (OSError, ValueError, RecursionError, UserError):
+            continue  # lists nothing
+        tars |= {shard.path for shards in manifest.splits.values() for shard in shards if shard.url is None}
+    try:
+        splits = json.loads(read_file(out / PREPARE_FOLDER / PLAN_NAME))["splits"]
+        for path in out.glob("*.tar"):
+            split, _, number = path.stem.rpartition("-")
+            if split in splits and number.isdigit() and int(number) < splits[split]["shards"]:
+                tars.add(path)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass  # no plan
+    for path in sorted({*out.glob("*.tar")} - tars):
+        raise UserError(
+            f"{path}: no {INDEX_NAME} or interrupted run here lists it, so --overwrite does not remove it",
+            "Choose another folder, or remove it.",
+        )
+    return sorted(tars)
 
 
 def other_plan(out: Path, earlier: dict[str, Any], plan: dict[str, Any]) -> UserError:
@@ -128,8 +171,11 @@ def other_plan(out: Path, earlier: dict[str, Any], plan: dict[str, Any]) -> User
     differences = [
         f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} asked for"
         for key in now | before
-        if before.get(key) != now.get(key)
+        if before.get(key, "absent") != now.get(key, "absent")
     ]
+    if len(differences) > _MOST_DIFFERENCES:
+        more = len(differences) - _MOST_DIFFERENCES
+        differences = [*differences[:_MOST_DIFFERENCES], f"… and {more:,} more"]
     kind = "a data set" if (out / INDEX_NAME).exists() else "an interrupted data set"
     return UserError(
         f"{out}: holds {kind} made from other data or with other options",

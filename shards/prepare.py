@@ -17,9 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
-from shards.catalog import Catalog, build_catalog
+from shards.catalog import Catalog, build_catalog, training_split
 from shards.errors import UserError
-from shards.files import exclusive, sha256_file, write_whole
+from shards.files import exclusive, remove_orphans, sha256_file, write_whole
 from shards.manifest import (
     CLASSES_NAME,
     INDEX_NAME,
@@ -27,12 +27,25 @@ from shards.manifest import (
     PREPARE_FOLDER,
     Manifest,
     Shard,
+    info_faults,
+    read_classes,
     read_manifest,
+    timm_info,
     to_json,
     write_classes,
     write_manifest,
 )
-from shards.plan import PLAN_NAME, check_counts, cut, describe_plan, other_plan, plan_digest, read_plan
+from shards.plan import (
+    PLAN_NAME,
+    REPLACED_NAME,
+    check_counts,
+    cut,
+    describe_plan,
+    other_plan,
+    plan_digest,
+    read_plan,
+    replaceable,
+)
 from shards.pool import run_tasks, usable_cores
 from shards.progress import shard_progress
 from shards.reencode import Reencoding
@@ -79,11 +92,11 @@ def prepare(
     Args:
         source: what to write.
         out: data set folder; made if absent.
-        shards: number of shards of the first split; the other splits get shards of the same size.
+        shards: number of shards of the training split; the other splits get shards of the same size.
         samples_per_shard: upper bound, instead of `shards`.
         seed: of the shuffle.
         workers: number of processes, by default one per usable core.
-        overwrite: remove an earlier data set from `out` first.
+        overwrite: remove an earlier data set, all that its index lists, from `out` first.
         class_map, limit_classes, limit_per_class: which classes, see `shards.select.select`.
         reencoding: which images to encode anew; by default all bytes are kept.
         check_decode: decode every image before it is written, to find broken ones; a data set that is complete is
@@ -106,31 +119,57 @@ def prepare(
     _make_folder(out)
     with exclusive(out):
         try:
+            remove_orphans(out / PREPARE_FOLDER)
             listing = out / PREPARE_FOLDER / "listing"
             shutil.rmtree(listing, ignore_errors=True)  # of a killed run
             _make_folder(listing)
             earlier = None if overwrite else read_plan(out)
+            stale = replaceable(out) if overwrite else []
             selection = select(source.classes, class_map, limit_classes, limit_per_class)
-            catalogs = [build_catalog(source, split, seed, listing, selection) for split in source.splits]
+            splits = sorted(source.splits, key=lambda split: split != training_split(source))
+            catalogs = [build_catalog(source, split, seed, listing, selection) for split in splits]
             ranges = cut(catalogs, shards, samples_per_shard)
             plan = describe_plan(source, selection, reencoding, catalogs, ranges, seed)
             _say_reading(console, source, selection, catalogs)
             if overwrite:
-                _remove_data_set(out, source.splits)
+                _remove_data_set(out, stale)
             elif earlier is not None and earlier != plan:
                 raise other_plan(out, earlier, plan)
             tasks = _make_tasks(out, plan, catalogs, ranges)
             complete = (out / INDEX_NAME).exists() and all(task.found for task in tasks)
             if complete:
                 manifest = read_manifest(out)
+                restored = _restore(manifest, selection, source)
+                done = f"wrote {' and '.join(restored)} again:" if restored else "nothing to do:"
+                if check_decode:
+                    console.out(f"note      not decoded again: shards verify {out} --decode", highlight=False)
             else:
                 source.stage(out / PREPARE_FOLDER / STAGED_NAME, workers or usable_cores(), console)
                 job = Job(source, out, plan_digest(plan), reencoding, check_decode)
                 manifest = _write_all(job, selection, plan, tasks, workers or usable_cores(), console)
+                done = ""
         finally:
             _tidy(out)
-        _say_done(console, manifest, len(selection.classes), "nothing to do:" if complete else "")
+        _say_done(console, manifest, len(selection.classes), done)
         return manifest
+
+
+def _restore(manifest: Manifest, selection: Selection, source: Source) -> list[str]:
+    """Write what a complete data set has lost beside its shards and index; returns the names."""
+    restored = []
+    state = manifest.root / PREPARE_FOLDER
+    try:
+        lost = read_classes(manifest.root) != selection.classes
+    except UserError:
+        lost = True
+    if lost:
+        titles = selection.titles(source.classes, source.titles)
+        write_classes(manifest.root, selection.classes, titles, scratch=state)
+        restored.append(CLASSES_NAME)
+    if info_faults(manifest):
+        write_whole(manifest.root / INFO_NAME, to_json(timm_info(manifest)), state)
+        restored.append(INFO_NAME)
+    return restored
 
 
 def _write_all(
@@ -151,11 +190,13 @@ def _write_all(
             f"checking them and writing the other {len(tasks) - found:,}",
             highlight=False,
         )
-    tallies = {split: Tally() for split in job.source.splits}
+    by_split: dict[str, list[str]] = {}
+    for task in tasks:
+        by_split.setdefault(task.catalog.split, []).append(task.name)
+    tallies = {split: Tally() for split in by_split}
     shards, tables = _run(job, tasks, tallies, min(workers, len(tasks)), console)
     splits: dict[str, tuple[Shard, ...]] = {}
-    for split in job.source.splits:
-        names = [task.name for task in tasks if task.catalog.split == split]
+    for split, names in by_split.items():
         splits[split] = tuple(shards[name] for name in names)
         samples = join(split, splits[split], [tables.pop(name) for name in names])
         save_cached(job.out, split, split_digest(splits[split]), samples, scratch=state)
@@ -247,26 +288,30 @@ def _make_folder(folder: Path) -> None:
 def _tidy(out: Path) -> None:
     """Remove the listing; and the whole state once the data set is complete, or if it never began."""
     state = out / PREPARE_FOLDER
-    begun = (state / PLAN_NAME).exists() or any((state / STAGED_NAME).glob("*.json"))
+    begun = any((state / name).exists() for name in (PLAN_NAME, REPLACED_NAME)) or any(
+        (state / STAGED_NAME).glob("*.json")
+    )
     if (out / INDEX_NAME).exists() or not begun:
         shutil.rmtree(state, ignore_errors=True)
     else:
         shutil.rmtree(state / "listing", ignore_errors=True)
 
 
-def _remove_data_set(out: Path, splits: tuple[str, ...]) -> None:
-    """Remove what `prepare` writes, the new listing excepted; other files in the folder are left alone."""
-    names = {*splits, "train", "val"}
-    suffixes = {".tar", *(sidecar.suffix for sidecar in SIDECARS)}
-    (out / INDEX_NAME).unlink(missing_ok=True)  # first: what is left is then an incomplete data set
-    for path in out.iterdir():
-        split, _, number = path.stem.rpartition("-")
-        is_shard = split in names and len(number) == 5 and number.isdigit() and path.suffix in suffixes
-        if is_shard or path.name in (INFO_NAME, CLASSES_NAME):
-            path.unlink()
-    for path in (out / PREPARE_FOLDER).glob("*.json"):
-        path.unlink()
+def _remove_data_set(out: Path, tars: list[Path]) -> None:
+    """Remove a data set or what an interrupted run left of one; other files in the folder are left alone."""
+    state = out / PREPARE_FOLDER
+    if (out / INDEX_NAME).exists():
+        # what is left is then an incomplete data set, and the next run still knows its shards if this one is killed
+        (out / INDEX_NAME).replace(state / REPLACED_NAME)
+    for tar in tars:
+        for path in (*(sidecar.path(tar) for sidecar in SIDECARS), tar):
+            path.unlink(missing_ok=True)
+    for name in (INFO_NAME, CLASSES_NAME):
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / CACHE_FOLDER, ignore_errors=True)
+    records = [path for path in state.glob("*.json") if path.name not in (PLAN_NAME, REPLACED_NAME)]
+    for path in (*records, state / PLAN_NAME, state / REPLACED_NAME):  # the lists of the shards last
+        path.unlink(missing_ok=True)
 
 
 def _say_reading(console: Console, source: Source, selection: Selection, catalogs: list[Catalog]) -> None:

@@ -1,8 +1,9 @@
 """Encoding images anew, where a person asks for it: smaller ones, or ones that fast decoders accept.
 
 Bytes stay verbatim by default. Where they do not, pixels are those that training would see: EXIF's orientation is
-never applied, colour profiles are ignored and dropped with all other metadata, grayscale stays grayscale, and
-everything else becomes RGB by Pillow's ``convert("RGB")``.
+never applied, colour profiles are ignored and dropped with all other metadata, grayscale stays grayscale (of
+16 bits, which training would see clipped to white, with its values scaled to 8), and everything else becomes RGB by
+Pillow's ``convert("RGB")``.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Reencoding:
         if size is None and not normalize:
             return data
         if image.mode != "L":
-            image = _convert(image)
+            image = _scale(image) if image.mode[0] in "IF" else _convert(image)
         if size is None:
             return _encode(image, self.quality or NORMALIZE_QUALITY, _FULL_CHROMA)
         from PIL.Image import Resampling
@@ -135,6 +136,13 @@ def _convert(image: Image) -> Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transparency, which RGB does not have
         return image.convert("RGB")
+
+
+def _scale(image: Image) -> Image:
+    """Gray of 16 bits as gray of 8; of more bits, nobody knows which value is white."""
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))):
+        raise ValueError(f"{image.format} pixels of the kind {image.mode} have no known white: make it 8-bit gray")
+    return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
 def _encode(image: Image, quality: int, subsampling: str) -> bytes:

@@ -166,6 +166,8 @@ def _read_json(url: str, mend: str) -> Any:
 def _with_url(location: str, shard: Shard) -> Shard:
     if shard.url is None:
         return replace(shard, url=join_url(location, shard.path.as_posix()))
+    if "::" in shard.url:
+        raise UserError(f"{mask(location)}: its index lists {mask(shard.url)}", "Chained URLs (::) are not followed.")
     if scheme_of(shard.url) in _LOCAL_SCHEMES and scheme_of(location) not in _LOCAL_SCHEMES:
         raise UserError(f"{mask(location)}: its index lists a file of this host: {shard.url}")
     return shard

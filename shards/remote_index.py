@@ -23,7 +23,7 @@ from rich.console import Console
 from shards.cache import ShardCache
 from shards.cachefiles import tar_path
 from shards.cachetables import load_table, place
-from shards.classes import FROM_LABELS, name_classes, number_classes
+from shards.classes import FROM_LABELS, name_classes, note_first_class, number_found_classes
 from shards.errors import UserError
 from shards.fetch import check_scheme, join_url, list_folder, mask, read_small, size_of
 from shards.files import exclusive, write_whole
@@ -98,8 +98,9 @@ def index_remote(
         job = _Job(out / RECORDS_FOLDER, cache, Labels(label or DEFAULT_RULE, names))
         splits = _find_splits(location)
         read = _read_all(job, [url for part in splits.values() for url in part], workers, console)
-        highest = max(int(table.samples["label"].max()) for _, table in read.values())
-        names = names or number_classes(1 + highest)
+        if names is None:
+            highest, url = max((int(table.samples["label"].max()), url) for url, (_, table) in read.items())
+            names = number_found_classes(mask(url), highest, sum(shard.samples for shard, _ in read.values()))
         for name, part in splits.items():
             _check_split(name, [read[url] for url in part], names, f"shards index {location} {out} --classes FILE|N")
         manifest = Manifest(
@@ -114,6 +115,8 @@ def index_remote(
     for name, shards in manifest.splits.items():
         images, size = sum(shard.samples for shard in shards), sum(shard.size for shard in shards)
         console.out(f"{name:<10}{len(shards):,} shards · {images:,} images · {size / 1e6:,.1f} MB", highlight=False)
+    if note := note_first_class(names, min(int(table.samples["label"].min()) for _, table in read.values())):
+        console.out(f"note      {note}", highlight=False)
     console.out(f"done      {len(names):,} classes · train with recipe.data: {out}", highlight=False)
     return manifest
 

@@ -8,7 +8,6 @@ class names and the digest of the listing.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from shards.errors import UserError
-from shards.manifest import to_json
 
 _EVERY_OTHER = "*"
 """In a class map: what becomes of the classes that it does not list."""
@@ -41,7 +39,7 @@ class Selection:
     per_class: int | None = None
     """At most so many images of each class."""
     record: dict[str, Any] = field(default_factory=dict)
-    """The options, for the plan; empty where there are none."""
+    """The options, for the plan; empty where there are none. A class map is recorded without what it leaves alone."""
 
     def titles(self, classes: tuple[str, ...], titles: tuple[str, ...] | None) -> tuple[str, ...] | None:
         """The titles of the new classes, from those of the source's; a new name has none."""
@@ -96,7 +94,8 @@ def select(
     targets: list[str | None] = list(classes)
     if class_map is not None:
         targets, names = _map_classes(classes, class_map)
-        record["class_map"] = hashlib.sha256(to_json(dict(zip(classes, targets, strict=True)))).hexdigest()
+        changed = {old: new for old, new in zip(classes, targets, strict=True) if new != old}
+        record |= {"class_map": changed} if changed else {}
     if limit_classes is not None:
         names = _limit_classes(names, limit_classes)
         record["limit_classes"] = len(names)
@@ -154,6 +153,8 @@ def _read_pairs(path: Path) -> tuple[list[tuple[str, str | None]], bool]:
             pairs, is_ordered = _from_yaml(text)
         else:
             pairs, is_ordered = [_two_columns(line) for line in _lines(text)], True
+    except RecursionError as error:
+        raise UserError(f"{place}: is nested too deeply", *_FORMS) from error
     except ValueError as error:
         raise UserError(f"{place}: {' '.join(str(error).split())}", *_FORMS) from error
     if not pairs:

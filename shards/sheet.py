@@ -49,8 +49,9 @@ def draw_sheet(
 ) -> None:
     """Draw pictures row by row and write them as one PNG, which appears when it is complete.
 
-    Pictures keep their shape and are never rotated by EXIF: they are shown as training reads them. One that cannot
-    be decoded is a marked cell with the reason.
+    Pictures keep their shape, are never rotated by EXIF, and gray ones of 16 bits are clipped to white: so training
+    reads them. What is transparent shows the cell, where training sees the colour below. A picture that cannot be
+    decoded is a marked cell with the reason.
 
     Args:
         path: of the PNG.
@@ -110,11 +111,8 @@ def _decode(data: bytes) -> Image.Image:
         with Image.open(BytesIO(data)) as image:
             image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
             image.load()
-            pixels: Image.Image = image
-            if image.mode.startswith("I"):  # 16 bits
-                pixels = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             transparent = "A" in image.getbands() or "transparency" in image.info
-            pixels = pixels.convert("RGBA" if transparent else "RGB")
+            pixels = image.convert("RGBA" if transparent else "RGB")
     scale = min(_SIDE / pixels.width, _SIDE / pixels.height)
     size = (max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale)))
     # tiny pictures are enlarged, with their pixels as squares

@@ -53,7 +53,7 @@ def show(
         samples: pictures on the sheet.
         columns: of the sheet.
         seed: of the choice of pictures; by default 0 in a folder, and the first ones of a tar.
-        classes: names or numbers; only these are looked at.
+        classes: names or numbers, or several of them with commas between; only these are looked at.
         out: the sheet, a PNG; by default named after the target, in the working folder.
         everything: read the headers of all images and not only of `SURVEYED`.
         workers: processes that read headers, by default one per usable core.
@@ -111,7 +111,8 @@ def _choose_classes(subject: Subject, chosen: Sequence[str]) -> np.ndarray:
         return np.arange(len(subject.labels))
     labels = []
     names = subject.classes or ()
-    for name in chosen:
+    # a name may itself have commas, as ImageNet's have
+    for name in (part for given in chosen for part in ([given] if given in names else given.split(","))):
         if name in names:
             labels += [label for label, other in enumerate(names) if other == name]
         elif name.isascii() and name.isdigit() and len(name) < 10:

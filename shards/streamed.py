@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.fetch import is_remote, read_small
+from shards.fetch import is_remote, join_url, mask, read_small
 from shards.labels import Labels
 from shards.manifest import CLASSES_NAME, INDEX_NAME, INFO_NAME, RECORD_SECTION, Shard, class_names
 from shards.table import split_digest
@@ -58,20 +58,19 @@ def open_stream(location: str, name: str, pattern: str) -> StreamSplit:
         UserError: if one of the files is missing or not what it should be, the split is not there, or a shard has a
             name that a shell could take for more than a name.
     """
-    place = location.rstrip("/")
-    classes = _read_classes(f"{place}/{CLASSES_NAME}")
-    source = f"{place}/{INDEX_NAME}"
+    classes = _read_classes(_file(location, CLASSES_NAME))
+    source = mask(_file(location, INDEX_NAME))
     record: dict[str, Any] = {}
-    document = _read_json(source)
+    document = _read_json(_file(location, INDEX_NAME))
     if document is not None:
         splits = _parse(source, _wids_splits, document)
         record = document.get(RECORD_SECTION) or {}
     else:
-        source = f"{place}/{INFO_NAME}"
-        document = _read_json(source)
+        source = mask(_file(location, INFO_NAME))
+        document = _read_json(_file(location, INFO_NAME))
         if document is None:
             raise UserError(
-                f"{location}: neither {INDEX_NAME} nor {INFO_NAME} there",
+                f"{mask(location)}: neither {INDEX_NAME} nor {INFO_NAME} there",
                 "Reading shards from end to end needs to know how many samples each of them holds.",
             )
         splits = _parse(source, _timm_splits, document)
@@ -86,12 +85,21 @@ def open_stream(location: str, name: str, pattern: str) -> StreamSplit:
         urls=tuple(pattern.replace(PLACEHOLDER, str(shard.path)) for shard in shards),
         counts=tuple(shard.samples for shard in shards),
         classes=classes,
-        labels=Labels.from_record(location, record, classes),
+        labels=Labels.from_record(mask(location), record, classes),
         digest=split_digest(shards, record),
     )
 
 
+def _file(location: str, name: str) -> str:
+    return join_url(location, name) if is_remote(location) else f"{location.rstrip('/')}/{name}"
+
+
 def _check(source: str, shard: Shard) -> None:
+    if shard.url is not None:
+        raise UserError(
+            f"{source}: lists its shards by their URLs: {mask(shard.url)}",
+            "They need no recipe.stream: leave it out.",
+        )
     if not _PLAIN_NAME.fullmatch(str(shard.path)):
         raise UserError(
             f"{source}: shard name {str(shard.path)!r} has characters other than letters, digits and . _ - = + @ /",
@@ -104,7 +112,13 @@ def _check(source: str, shard: Shard) -> None:
 def _wids_splits(document: Any) -> dict[str, list[Shard]]:
     return {
         dataset["name"]: [
-            Shard(Path(shard["url"]), shard["nsamples"], shard["filesize"], str(shard["sha256"]))
+            Shard(
+                Path(shard["url"]),
+                shard["nsamples"],
+                0,
+                str(shard.get("sha256", shard["url"])),  # without a digest the name has to do
+                url=shard["url"] if is_remote(shard["url"]) else None,
+            )
             for shard in dataset["shardlist"]
         ]
         for dataset in document["datasets"]
@@ -136,13 +150,13 @@ def _read_json(place: str) -> Any:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{place}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{mask(place)}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: no valid JSON: {error}") from error
+        raise UserError(f"{mask(place)}: no valid JSON: {error}") from error
 
 
 def _read_classes(place: str) -> tuple[str, ...]:
     document = _read_json(place)
     if document is None:
-        raise UserError(f"{place}: no such file", "It lists the names of the classes in label order.")
-    return class_names(document, place, "It must list the names of the classes in label order.")
+        raise UserError(f"{mask(place)}: no such file", "It lists the names of the classes in label order.")
+    return class_names(document, mask(place), "It must list the names of the classes in label order.")

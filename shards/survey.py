@@ -120,6 +120,8 @@ def _look(survey: Survey, key: str, image: Component, head: bytes) -> None:
         survey.heights.append(header.height)
     else:
         survey.note("header damaged, or beyond the first 64 KiB", key)
+    if header.clipped:
+        survey.note("gray of more than 8 bits: training sees it clipped to white", key)
     extension = image.extension.lower()
     if _SAME_FORMAT.get(extension, extension) != header.format:
         survey.note(f"{header.format.upper()} under the extension .{extension}", key)

@@ -85,18 +85,27 @@ def summary(record: dict[str, dict[str, Any]], normalized: bool) -> list[str]:
         normalized: whether odd files were encoded anew.
     """
     lines = []
-    kinds: Counter[str] = Counter()
+    usual: Counter[str] = Counter()  # kinds that fast decoders refuse, but most images of their split are of
+    odd: Counter[str] = Counter()
     reencoded: Counter[str] = Counter()
     for split in record.values():
-        kinds.update({kind: count for kind, count in split["kinds"].items() if kind not in ORDINARY_KINDS})
+        for kind, count in split["kinds"].items():
+            if kind not in ORDINARY_KINDS:
+                (odd if kind in split["odd"] else usual)[kind] += count
         reencoded.update(split.get("reencoded", {}))
-    if kinds:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-        listed = " (listed in index.json)" if any(split["odd"] for split in record.values()) else ""
-        lines.append(f"odd files {counts} {'encoded anew' if normalized else 'kept verbatim'}{listed}")
+    if usual:
+        lines.append(f"kinds     {_counts(usual)}")
+    if odd:
+        # of those that were only reduced in size, the listing says which
+        fate = " encoded anew" if normalized else "" if reencoded else " kept verbatim"
+        lines.append(f"odd files {_counts(odd)}{fate} (listed in index.json)")
     if reencoded:
         lines.append(
             f"encoded   {reencoded['images']:,} images anew, {reencoded['bytes'] / 1e6:,.1f} MB → "
             f"{reencoded['stored_bytes'] / 1e6:,.1f} MB"
         )
     return lines
+
+
+def _counts(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())

@@ -137,8 +137,10 @@ def _is_plain(character: str) -> bool:
 
 def make_distinct(names: Sequence[str]) -> tuple[str, ...]:
     """Class names that can be told apart: one that repeats gets its label, ``crane (134)`` and ``crane (517)``."""
-    counts = Counter(names)
-    return tuple(f"{name} ({label})" if counts[name] > 1 else name for label, name in enumerate(names))
+    distinct = list(names)
+    while len(counts := Counter(distinct)) < len(distinct):  # again, where a name with its label is there already
+        distinct = [f"{name} ({label})" if counts[name] > 1 else name for label, name in enumerate(distinct)]
+    return tuple(distinct)
 
 
 def is_valid_key(key: str) -> bool:

@@ -1,5 +1,7 @@
 """Class folders: ``ROOT/train/<class>/…`` and ``ROOT/val/<class>/…``, or one folder of classes.
 
+A ``ROOT/test`` beside a validation split is a split of its own, if it has the same classes.
+
 Classes are numbered in the sorted order of their folder names, and folders inside a class are searched as well,
 as torchvision's ``ImageFolder`` does.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from shards.images import IMAGE_EXTENSIONS, SNIFF_BYTES, image_extension
 from shards.sources.base import Entry, Source, make_key
 
 _VALIDATION_NAMES = ("val", "valid", "validation", "test")
-"""Folder names taken for the validation split; the first that is there."""
+"""Folder names taken for the validation split; the first that is there. A test folder beside it is a third split."""
 
 _JUNK = frozenset(("thumbs.db", "desktop.ini", "icon\r"))
 """Left behind by file browsers; hidden files are junk as well."""
@@ -32,6 +34,8 @@ class ImageFolder(Source):
         val: the same for validation; must have the same classes.
         val_fraction: without `val`, the share of each class to hold out, in [0, 1).
         seed: chooses the images held out.
+        test: a further split; must have the same classes.
+        notes: what a person should know of how the folders were chosen.
 
     Raises:
         UserError: if a folder is missing, has no classes, or the splits' classes differ.
@@ -40,7 +44,15 @@ class ImageFolder(Source):
     name = "imagefolder"
     summary = "one folder of images per class, as torchvision's ImageFolder reads"
 
-    def __init__(self, train: Path, val: Path | None = None, val_fraction: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        train: Path,
+        val: Path | None = None,
+        val_fraction: float = 0.0,
+        seed: int = 0,
+        test: Path | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
         if not 0 <= val_fraction < 1:
             raise UserError(f"--val-fraction {val_fraction:g}: must be at least 0 and less than 1")
         if val is not None and val_fraction:
@@ -54,9 +66,14 @@ class ImageFolder(Source):
         self.val_fraction = val_fraction
         self.seed = seed
         self.splits = ("train", "val") if val is not None or val_fraction else ("train",)
+        if test is not None:
+            self.roots["test"] = Path(test)
+            self.splits += ("test",)
         self.classes = _class_folders(self.roots["train"])
-        if val is not None:
-            _check_same_classes(self.roots["train"], self.classes, self.roots["val"])
+        for split, root in self.roots.items():
+            if split != "train":
+                _check_same_classes(self.roots["train"], self.classes, root)
+        self._notes = tuple(notes)
         self._skipped: dict[str, int] = {}
 
     @classmethod
@@ -67,7 +84,8 @@ class ImageFolder(Source):
             nargs="?",
             type=Path,
             metavar="ROOT",
-            help="folder with train/ and val/ (or valid, validation, test), or with the class folders themselves",
+            help="folder with train/ and val/ (or valid, validation, test), or with the class folders themselves; "
+            "test/ beside val/ becomes a third split",
         )
         parser.add_argument("--train", type=Path, metavar="DIR", help="class folders for training, instead of ROOT")
         parser.add_argument("--val", type=Path, metavar="DIR", help="class folders for validation")
@@ -87,10 +105,12 @@ class ImageFolder(Source):
                 "imagefolder: give either ROOT or --train DIR",
                 "shards prepare imagefolder ROOT OUT, or shards prepare imagefolder --train DIR --val DIR OUT",
             )
-        train, val = arguments.train, None
-        if arguments.root is not None:
-            train, val = _find_splits(arguments.root)
-        return cls(train, arguments.val or val, arguments.val_fraction, arguments.seed)
+        if arguments.root is None:
+            return cls(arguments.train, arguments.val, arguments.val_fraction, arguments.seed)
+        folders, notes = _find_splits(arguments.root, arguments.val)
+        return cls(
+            folders["train"], folders.get("val"), arguments.val_fraction, arguments.seed, folders.get("test"), notes
+        )
 
     def options(self) -> dict[str, Any]:
         """The held-out share, where the source chose it; the seed is recorded for the whole data set."""
@@ -101,9 +121,10 @@ class ImageFolder(Source):
         return tuple(self.roots.values())
 
     def notes(self) -> tuple[str, ...]:
-        """How many files were skipped as junk."""
+        """Folders left out, and how many files were skipped as junk."""
         count = sum(self._skipped.values())
-        return (f"skipped {count:,} hidden files and file-browser leftovers (.DS_Store, Thumbs.db)",) if count else ()
+        junk = f"skipped {count:,} hidden files and file-browser leftovers (.DS_Store, Thumbs.db)"
+        return (*self._notes, junk) if count else self._notes
 
     def entries(self, split: str) -> Iterator[Entry]:
         """Images class by class, each class sorted by path; the locator is ``<split folder>/<path>``."""
@@ -188,18 +209,40 @@ def _key(class_name: str, path: str) -> str:
     return make_key(inner) if inner.startswith(f"{class_name}_") else make_key(class_name, inner)
 
 
-def _find_splits(root: Path) -> tuple[Path, Path | None]:
-    """Training and validation folder of a root, or the root itself if it holds the classes."""
+def _find_splits(root: Path, chosen_val: Path | None) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The folders of a root by split, or the root itself if it holds the classes; and notes on what is left out."""
     folders = _subfolders(root)
     # a class may be called "train" (it is one in COCO): a split holds folders, a class holds files
     if "train" in folders and _subfolders(root / "train"):
-        return root / "train", next((root / name for name in _VALIDATION_NAMES if name in folders), None)
+        found = {"train": root / "train"}
+        val = chosen_val or next((root / name for name in _VALIDATION_NAMES if name in folders), None)
+        if val is not None:
+            found["val"] = val
+        notes = []
+        for name in folders:
+            if root / name in found.values():
+                continue
+            if name == "test" and _has_classes(root / name, _subfolders(root / "train")):
+                found["test"] = root / name
+            elif name == "test":
+                notes.append("left out test/: its folders are not the classes of train/")
+            else:
+                why = f"the validation split is {val}" if name in _VALIDATION_NAMES else "neither train, val nor test"
+                notes.append(f"left out {name}/: {why}")
+        return found, tuple(notes)
     if folders and set(folders) <= {"train", *_VALIDATION_NAMES}:
         raise UserError(
             f"{root}: has no training split: only {', '.join(folders)}",
             "A root has train/<class>/ beside val/<class>/. Name the folders yourself with --train and --val.",
         )
-    return root, None
+    return {"train": root} | ({"val": chosen_val} if chosen_val else {}), ()
+
+
+def _has_classes(root: Path, classes: list[str]) -> bool:
+    """Whether a folder can be a split: many a test folder holds images without labels."""
+    return _subfolders(root) == classes and not any(
+        item.is_file() and Path(item.name).suffix[1:].lower() in IMAGE_EXTENSIONS for item in _list_folder(root)
+    )
 
 
 def _class_folders(root: Path) -> tuple[str, ...]:

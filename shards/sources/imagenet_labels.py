@@ -189,6 +189,13 @@ def _resolve_numbers(
             "They are positions in the sorted list of WNIDs. The devkit's ILSVRC2012_ID is something else.",
             *FORMS,
         )
+    if all(PurePosixPath(name).stem != ANCHOR[0] for _, name, _ in pairs):
+        raise UserError(
+            f"{path}: has class numbers, but none for {ANCHOR[0]}",
+            "The class of that image is known, which tells how the numbers count. Give a list with it (labels of more "
+            "images than the archive has are accepted with --incomplete), or labels that name WNIDs.",
+            *FORMS,
+        )
     return [(place, name, classes[number]) for (place, name, _), number in zip(pairs, numbers, strict=True)]
 
 

@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from shards.classes import note_first_class, number_found_classes
 from shards.errors import UserError
+from shards.labels import is_number
 from shards.pool import run_tasks
 from shards.progress import shard_progress
 from shards.sources.base import Entry, Source, make_key
@@ -69,11 +71,11 @@ class Parquet(Source):
         self._notes: dict[str, str] = {}
         self._files: list[Part] = []
         self._split_files: dict[str, range] = {}
-        labels: set[Any] = set()
+        labels: dict[Any, Path] = {}
         for split, paths in splits.items():
             files = [inspect_file(path, first, self._columns) for path in paths]
-            found = set().union(*(distinct_labels(file.path, self._columns.label) for file in files))
-            if found == {-1} and split != "train":  # such as the test split of ImageNet
+            found = {label: file.path for file in files for label in distinct_labels(file.path, self._columns.label)}
+            if found.keys() == {-1} and split != "train":  # such as the test split of ImageNet
                 count = sum(file.rows for file in files)
                 self._notes[split] = f"left out split {split!r}: its {count:,} images have no labels, all are -1"
                 continue
@@ -83,7 +85,11 @@ class Parquet(Source):
         if "val" not in self._split_files and "test" in self._split_files:  # as with class folders
             self._split_files["val"] = self._split_files.pop("test")
         self.splits = tuple(self._split_files)
-        self.classes, self._numbers = _number_classes(self._columns, labels)
+        rows = sum(file.rows for file in self._files)
+        self.classes, self._numbers = _number_classes(self._columns, labels, rows)
+        numbers = labels.keys() - {None} if self._numbers is None else self._numbers.values()
+        if self._columns.names is None and (note := note_first_class(self.classes, min(numbers, default=0))):
+            self._notes["classes"] = note
         self._staged = Path()
 
     @classmethod
@@ -192,13 +198,30 @@ def _stage_file(folder: Path, columns: Columns, task: tuple[int, Part]) -> None:
     write_spool(folder, number, file.origin(columns), read_images(file, columns))
 
 
-def _number_classes(columns: Columns, labels: set[Any]) -> tuple[tuple[str, ...], dict[Any, int] | None]:
-    """Class names in label order and, where labels are strings, the number of each."""
-    present = labels - {None}
+def _number_classes(
+    columns: Columns, labels: dict[Any, Path], rows: int
+) -> tuple[tuple[str, ...], dict[Any, int] | None]:
+    """Class names in label order and, where labels are strings, the number of each.
+
+    Args:
+        columns: of the files.
+        labels: those that occur, each with a file that has it.
+        rows: of all files.
+    """
+    present = labels.keys() - {None}
+    numbers: dict[Any, int] | None = None
     if columns.text_labels:
-        names = tuple(sorted(present))
-        return names, {name: number for number, name in enumerate(names)}
-    return columns.names or tuple(map(str, range(max(present, default=-1) + 1))), None
+        if not all(map(is_number, present)):
+            names = tuple(sorted(present))
+            return names, {name: number for number, name in enumerate(names)}
+        numbers = {text: int(text) for text in present}  # class numbers that were written as text
+    elif columns.names:
+        return columns.names, None
+    highest = max(present, key=numbers.__getitem__ if numbers is not None else None, default=None)
+    if highest is None:
+        return (), numbers
+    mend = "Give the column of the labels with --label-column."
+    return number_found_classes(str(labels[highest]), int(highest), rows, mend), numbers
 
 
 def _stem_key(path: str | None) -> str:

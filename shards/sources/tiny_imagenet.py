@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
+from shards.files import read_file
 from shards.images import IMAGE_EXTENSIONS
 from shards.sources.base import Entry, Source, make_key
 from shards.sources.wordnet import WNID, look_up_titles
@@ -207,7 +208,12 @@ class _Folder(_Files):
     def listing(self, folder: str) -> list[tuple[str, int]]:
         try:
             with os.scandir(self.root / folder) as items:
-                return sorted((item.name, item.stat().st_size) for item in items)
+                found = []
+                for item in items:
+                    if not item.is_file() and not item.name.startswith("."):
+                        raise UserError(f"{item.path}: not a file", "Move it away.")
+                    found.append((item.name, item.stat().st_size))
+                return sorted(found)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -218,7 +224,7 @@ class _Folder(_Files):
 
     def read(self, path: str) -> bytes:
         try:
-            return (self.root / path).read_bytes()
+            return read_file(self.root / path, _MAX_FILE_BYTES)
         except OSError as error:
             raise UserError(f"{self.root / path}: cannot be read: {error.strerror}") from error
 

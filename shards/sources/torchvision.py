@@ -10,9 +10,9 @@ The PNG files are stored, not deflated: arrays are kept for pictures of at most 
 gains little, and deflated bytes would depend on the build of zlib. A digest of each stands in the listing, so a
 difference between two machines is an error and never a mixed data set.
 
-Some sets come as pickles (CIFAR), which torchvision loads after checking their MD5 against its own list; LSUN
-leaves a pickle in the working folder. Nothing is unpickled here. Torchvision holds the list of a split in memory,
-and arrays as well: once in the process that lists them and once in each worker.
+Some sets come as pickles (CIFAR): torchvision unpickles them, after checking their MD5 against its own list. LSUN is
+refused, as torchvision unpickles a file for it that it finds in the working folder, unchecked. Torchvision holds the
+list of a split in memory, and arrays as well: once in the process that lists them and once in each worker.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shards.classes import number_found_classes
 from shards.errors import UserError
+from shards.files import read_file
 from shards.sources.base import Entry, Source, make_key
 from shards.sources.torchvision_class import (
     Arguments,
@@ -174,19 +177,18 @@ class Torchvision(Source):
         if kind == "file":
             path = self.root / rest
             try:
-                return path.read_bytes()
+                return read_file(path)
             except OSError as error:
                 raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         split, index, digest = rest.split("/")
         source, _ = self._item(split, int(index))
-        image = source.read_bytes() if isinstance(source, Path) else source
-        if _digest(image) != digest:
+        if isinstance(source, Path) or _digest(source) != digest:
             raise UserError(
                 f"{self.place(locator)}: is not the picture that was listed",
                 "The data set changed, or this machine's Pillow writes PNG files differently. Use one version of "
                 "both, and begin again in another folder.",
             )
-        return image
+        return source
 
     def place(self, locator: str) -> str:
         """The file's path, or the number of the item."""
@@ -258,8 +260,14 @@ class Torchvision(Source):
             if others != names:
                 raise UserError(f"{self.name}: split {split!r} has other classes than the first split")
         if not names:
-            highest = max(self._item(split, i)[1] for split in self.splits for i in range(len(self._open(split))))
-            names = tuple(map(str, range(highest + 1)))
+            items = [(split, i) for split in self.splits for i in range(len(self._open(split)))]
+            highest, split, index = max((self._item(split, i)[1], split, i) for split, i in items)
+            names = number_found_classes(
+                f"{self.name}: {split} item {index:,}",
+                highest,
+                len(items),
+                "Some classes of torchvision give another target with --arg.",
+            )
         return names, titles
 
 
@@ -269,6 +277,9 @@ def _digest(data: bytes) -> str:
 
 def _file_size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: not a file")
+    return status.st_size

@@ -24,12 +24,23 @@ _VALIDATION = ("val", "valid", "validation", "test")
 """Values of an argument ``split``, the first that the class knows."""
 
 
+_UNSAFE = ("LSUN", "LSUNClass")
+"""Classes that unpickle a cache file of the working folder, which anybody could have put there."""
+
+
 def find_class(name: str) -> type:
     """A class of torchvision.datasets.
 
     Raises:
-        UserError: with the names most like it, if there is none of this name.
+        UserError: if no name is given, there is no such class, with the names most like it, or it is not safe.
     """
+    if not name:
+        raise UserError("torchvision: say which class of torchvision.datasets: torchvision:CIFAR10")
+    if name in _UNSAFE:
+        raise UserError(
+            f"torchvision:{name}: torchvision unpickles a file _cache_… of the working folder for it, unchecked",
+            "That can run any code. Export the images to class folders, and use: shards prepare imagefolder",
+        )
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -110,8 +121,11 @@ def open_dataset(name: str, root: Path, arguments: Arguments) -> Any:
 
 def cannot_open(place: str, root: Path, error: Exception) -> UserError:
     """The refusal when torchvision raises something, of whatever type: its message is what the user needs."""
+    said = str(error)
+    if "weights_only" in said:  # torch goes on to say how to load it all the same, which runs what the file holds
+        said = said.partition(". ")[0]
     return UserError(
-        f"{place}: torchvision cannot open it in {root}: {error}",
+        f"{place}: torchvision cannot open it in {root}: {said}",
         "ROOT is the folder that torchvision downloads to. --download fetches what is missing.",
     )
 

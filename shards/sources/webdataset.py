@@ -1,7 +1,7 @@
 """Tar shards made elsewhere, or by this package, to be shuffled and cut anew.
 
-The tars are read in place: where every image lies comes from the ``.idx`` of an index that is still right, else from
-the tars' headers. Image and label are carried over, the image byte for byte; keys are kept where they are valid.
+The tars are read in place: where every image lies comes from their headers. Image and label are carried over, the
+image byte for byte; keys are kept where they are valid.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.classes import CLASSES_HELP, FROM_LABELS, name_classes, read_titles, survey_classes
+from shards.classes import CLASSES_HELP, FROM_LABELS, name_classes, note_first_class, read_titles, survey_classes
 from shards.errors import UserError
 from shards.files import opened
-from shards.idx import IndexedSample, group, index_path, is_older_than_its_index, read_index
+from shards.idx import IndexedSample, group
+from shards.images import IMAGE_EXTENSIONS
 from shards.labels import DEFAULT_RULE, RULE_HELP, Labels, read_sample, recorded_rule
 from shards.layout import find_shards
 from shards.manifest import INDEX_NAME, Manifest, read_manifest
@@ -33,18 +34,28 @@ class WebDataset(Source):
         classes: file of names, a number, or ``from-labels``; by default `classes.json`, else as many as the highest
             label calls for, for which all labels are read once.
         workers: processes for that reading.
+        image: extension of the component to take as the image, where samples hold several.
 
     Raises:
-        UserError: if there are no tars, they are not what an index there says, or the classes cannot be found out.
+        UserError: if there are no tars, they are not what an index there says, the classes cannot be found out, or
+            `image` is no extension of images.
     """
 
     name = "webdataset"
     summary = "tar shards made elsewhere, shuffled and cut anew (to use them as they are: shards index)"
 
     def __init__(
-        self, root: Path, label: str | None = None, classes: str | None = None, workers: int | None = None
+        self,
+        root: Path,
+        label: str | None = None,
+        classes: str | None = None,
+        workers: int | None = None,
+        image: str | None = None,
     ) -> None:
         self.root = Path(root)
+        self.image = image.removeprefix(".").lower() if image is not None else None
+        if self.image is not None and self.image.rpartition(".")[2] not in IMAGE_EXTENSIONS:
+            raise UserError(f"--image {image}: must be an extension of images, such as jpg")
         manifest = read_manifest(self.root) if (self.root / INDEX_NAME).exists() else None
         tars = _find_tars(self.root, manifest)
         self.splits = tuple(tars)
@@ -59,10 +70,11 @@ class WebDataset(Source):
             self.titles = read_titles(self.root)
         self._left_out: dict[str, Counter[str]] = {}
         self._mended: Counter[str] = Counter()
+        self._lowest: dict[str, int] = {}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declare DIR, --label and --classes."""
+        """Declare DIR, --label, --classes and --image."""
         parser.add_argument("root", type=Path, metavar="DIR", help="folder of tars")
         parser.add_argument("--label", metavar="RULE", help=f"{RULE_HELP} (default: as DIR was indexed, else cls)")
         parser.add_argument(
@@ -70,22 +82,26 @@ class WebDataset(Source):
             metavar="FILE|N",
             help=f"{CLASSES_HELP} (default: classes.json in DIR, else highest label + 1)",
         )
+        parser.add_argument(
+            "--image", metavar="EXT", help="extension of the image, where samples hold several, such as a mask's .png"
+        )
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> WebDataset:
         """Find the tars and the classes."""
-        return cls(arguments.root, arguments.label, arguments.classes, arguments.workers)
+        return cls(arguments.root, arguments.label, arguments.classes, arguments.workers, arguments.image)
 
     def options(self) -> dict[str, Any]:
-        """The label rule, where it is not the usual one; the classes are recorded for the whole data set."""
-        return {"label": self.labels.rule} if self.labels.rule != DEFAULT_RULE else {}
+        """The label rule, where it is not the usual one, and the image; the classes are recorded for all sources."""
+        options = {"label": self.labels.rule} if self.labels.rule != DEFAULT_RULE else {}
+        return options | ({"image": self.image} if self.image is not None else {})
 
     def folders(self) -> tuple[Path, ...]:
         """The root."""
         return (self.root,)
 
     def notes(self) -> tuple[str, ...]:
-        """Which components were left out, and how many keys had to be changed."""
+        """Which components were left out, how many keys had to be changed, and whether class 0 is empty."""
         counts = sum(self._left_out.values(), Counter())
         notes = []
         if counts:
@@ -93,19 +109,22 @@ class WebDataset(Source):
             notes.append(f"only image and label are carried over; left out: {parts} samples")
         if mended := self._mended.total():
             notes.append(f"{mended:,} keys had dots, slashes or blanks, which became underscores")
+        if self._lowest and (note := note_first_class(self.classes, min(self._lowest.values()))):
+            notes.append(note)
         return tuple(notes)
 
     def entries(self, split: str) -> Iterator[Entry]:
         """Samples in the order of the tars and of each tar; the locator is ``<offset>:<size>:<tar>``."""
         manifest = read_manifest(self.root) if (self.root / INDEX_NAME).exists() else None
-        indexed = {shard.path for shard in manifest.splits[split]} if manifest is not None else set()
         left_out = self._left_out[split] = Counter()
         self._mended[split] = 0
+        self._lowest.pop(split, None)
         for tar in _find_tars(self.root, manifest)[split]:
             url = tar.relative_to(self.root).as_posix()
             with opened(tar) as descriptor:
-                for sample in _samples(tar, tar in indexed):
-                    image, _, label = read_sample(tar, descriptor, sample, self.labels)
+                for sample in _samples(tar):
+                    image, _, label = read_sample(tar, descriptor, sample, self.labels, self.image)
+                    self._lowest[split] = min(label, self._lowest.get(split, label))
                     for component in sample.components:
                         if component is not image and component.extension.lower() != self.labels.extension:
                             left_out[component.extension] += 1
@@ -154,11 +173,8 @@ def _find_tars(root: Path, manifest: Manifest | None) -> dict[str, Sequence[Path
     return dict(listed)
 
 
-def _samples(tar: Path, indexed: bool) -> Iterator[IndexedSample]:
-    """From the ``.idx``, if it belongs to an index and the tar was not written to after it; else from the headers."""
-    if indexed and is_older_than_its_index(tar):
-        yield from read_index(index_path(tar))
-        return
+def _samples(tar: Path) -> Iterator[IndexedSample]:
+    """From the headers: an ``.idx`` may be that of an older tar of the same size."""
     empty = True
     for sample in group(scan(tar)):
         empty = False

@@ -67,7 +67,7 @@ def test_overrides_survive_pdsh_and_the_shell_of_every_host(runner, tmp_path, mo
     echo = tmp_path / "python"
     echo.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
     echo.chmod(0o755)
-    args = runner.parse_args(command_for(Path("ds_configs/demo.json"), launch.Ranks(2, [], ""), OVERRIDES))
+    args = runner.parse_args(command_for(Path("ds_configs/demo.json"), launch.Ranks(2, [], "", 2), OVERRIDES))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deepspeed.launcher.multinode_runner.sys.executable", str(echo))
     args.launcher_args, args.master_addr = "", "10.0.0.1"
@@ -91,7 +91,7 @@ def test_direct_overrides_come_after_the_launchers():
 
 def test_launchers_options_pass_through(runner):
     options = ["--master_port", "1", "--launcher=slurm", "--launcher_args", "-p x", "--bind_cores_to_rank"]
-    args = runner.parse_args(command_for(Path("x.json"), launch.Ranks(1, ["--master_port", "2"], ""), [], options))
+    args = runner.parse_args(command_for(Path("x.json"), launch.Ranks(1, ["--master_port", "2"], "", 1), [], options))
     assert (args.master_port, args.launcher, args.launcher_args) == (1, "slurm", "-p x")
     assert args.bind_cores_to_rank and args.module and args.user_script == "pipeline.train"
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -16,16 +19,18 @@ from safetensors.torch import load_file
 
 from pipeline import config, dataset
 from pipeline.cached import CachedReader
+from pipeline.decode import PillowDecoder
 from pipeline.experiment import open_run
-from pipeline.loader import evaluation_requests, training_requests
+from pipeline.loader import Loader, evaluation_requests, training_requests
 from pipeline.metrics import read_metrics
 from pipeline.reader import Encoded, ShardReader
 from pipeline.readers import evaluation_reader, training_reader
 from pipeline.samples import audit, read_samples
-from pipeline.stream import StreamReader
+from pipeline.stream import StreamReader, _Shards
 from shards.cli import main as shards_main
 from shards.errors import UserError
 from shards.index import load_split
+from shards.labels import Labels
 from tests.conftest import fork_ranks, tiny_config
 from tests.shards.faulty_server import Fault, serve
 
@@ -258,15 +263,89 @@ def test_a_shard_that_is_gone_ends_the_reading_with_its_address(tmp_path, many_s
     assert time.perf_counter() - began < 20
 
 
-def test_closing_while_shards_arrive_is_prompt(tmp_path, many_shards, server):
-    server.fault = lambda request: Fault(drip=0.2) if request.name.endswith(".tar") else None
+def test_closing_while_a_server_is_silent_is_prompt(tmp_path, many_shards, server):
+    server.fault = lambda request: Fault(stall=30) if request.name.endswith(".tar") else None
     experiment = load(tmp_path, server.url, **WINDOW)
     plan, train, _ = open_run(experiment, 1)
     reader = training_reader(train, experiment.recipe, plan.order, plan.batch, rank=0, local_ranks=range(1), position=0)
     assert isinstance(reader, CachedReader)
+    requests = training_requests(plan.order, plan.batch, 0, 0, 10)
+    loader = Loader(reader, PillowDecoder(experiment.recipe.transform, 0), requests, threads=2, prefetch=2)
+    loader._submit_ahead()
+    time.sleep(0.3)
     began = time.perf_counter()
+    loader.close()
+    assert time.perf_counter() - began < 2
     reader.close()
     assert time.perf_counter() - began < 6
+
+
+class NoDecoder:
+    """In the place of a decoder: the images themselves are compared elsewhere."""
+
+    class transform:  # noqa: N801  as a decoder names it
+        size = 4
+
+    def train(self, *_) -> None: ...
+
+    def evaluate(self, *_) -> None: ...
+
+
+def load_rank(world, path: str, updates: int) -> list[int]:
+    """One rank's ids through the real loader, in lock-step with the others, evaluating on the way."""
+    import torch.distributed as dist
+
+    experiment = config.load(path)
+    recipe = experiment.recipe
+    plan, train, validation = open_run(experiment, world.size, world.local_ranks)
+    batch, threads, prefetch = plan.batch, 2, recipe.loader.prefetch
+    reader = training_reader(
+        train, recipe, plan.order, batch, rank=world.rank, local_ranks=world.local_ranks, position=0
+    )
+    requests = training_requests(plan.order, batch, world.rank, 0, updates)
+    ids: list[int] = []
+    with (
+        contextlib.closing(reader),
+        Loader(reader, NoDecoder(), requests, threads=threads, prefetch=prefetch) as loader,
+    ):
+        for number, micro_batch in enumerate(loader):
+            ids += micro_batch.ids.tolist()
+            dist.barrier()
+            if number % 20 == 10:
+                evaluating = evaluation_reader(
+                    validation, recipe, rank=world.rank, world_size=world.size, training=reader
+                )
+                wanted = evaluation_requests(VAL, 2, world.rank, world.size)
+                with (
+                    contextlib.closing(evaluating),
+                    Loader(evaluating, NoDecoder(), wanted, threads=threads, prefetch=prefetch) as images,
+                ):
+                    assert sum(int(batch.weights.sum()) for batch in images) == len(range(world.rank, VAL, world.size))
+    return ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [1, 6])
+def test_ranks_that_share_a_cache_just_large_enough_never_wait_for_each_other(tmp_path, tiny_shards, prefetch):
+    data = tmp_path / "shards"
+    assert shards_main(["prepare", "webdataset", str(tiny_shards), str(data), "--shards", "65", "--workers", "1"]) == 0
+    changes = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "recipe.order.kind": "window",
+        "recipe.order.window_shards": 2,
+        "recipe.order.streams": 2,
+        "recipe.loader.prefetch": prefetch,
+    }
+    with serve(data) as server:
+        plan, train, validation = open_run(load(tmp_path, server.url, **changes), 4, range(4))
+        needed = dataset.residence(plan.config.recipe, plan.order, train, validation, range(4), 4)
+        assert needed is not None
+        experiment = load(tmp_path, server.url, **changes, **{"recipe.cache.gigabytes": (needed.total + 1) / 1e9})
+        answers = fork_ranks(load_rank, 4, str(experiment.path), 100)
+    for rank, ids in enumerate(answers):
+        wanted = [request.ids for request in training_requests(plan.order, plan.batch, rank, 0, 100)]
+        assert ids == np.concatenate(wanted).tolist()
 
 
 # ---------------------------------------------------------------- shards through a command
@@ -377,6 +456,89 @@ def test_closing_a_stream_ends_its_commands(tmp_path, many_shards):
     assert not [child for child in psutil.Process().children(recursive=True) if "sleep" in child.name()]
 
 
+def test_a_command_that_hangs_does_not_outlive_a_rank_that_is_killed(tmp_path, many_shards):
+    experiment = stream_of(tmp_path, many_shards, "pipe:exec sleep 3601 # {{}}")
+    code = (
+        "import sys, time; from pipeline import config; from pipeline.experiment import open_run; "
+        "from pipeline.readers import training_reader\n"
+        "e = config.load(sys.argv[1]); plan, train, _ = open_run(e, 1)\n"
+        "training_reader(train, e.recipe, plan.order, plan.batch, rank=0, local_ranks=range(1), position=0)\n"
+        "time.sleep(0.5); print('started', flush=True); time.sleep(60)"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code, str(experiment.path)], stdout=subprocess.PIPE)
+    assert rank.stdout is not None and rank.stdout.readline() == b"started\n"
+    commands = psutil.Process(rank.pid).children(recursive=True)
+    assert len(commands) == 2, "one of each stream"
+    rank.kill()
+    rank.wait()
+    _, alive = psutil.wait_procs(commands, timeout=5)
+    assert not alive
+
+
+def test_a_stream_that_gives_nothing_is_given_up(tmp_path, many_shards, monkeypatch):
+    monkeypatch.setattr("pipeline.stream.PATIENCE", 0.3)
+    with pytest.raises(UserError, match="nothing has arrived"):
+        read_as_ranks(stream_of(tmp_path, many_shards, "pipe:sleep 3602; cat {place}/{{}}"), 1, range(1))
+
+
+def test_shards_listed_by_url_need_no_stream(tmp_path, many_shards, server):
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    shutil.copy(many_shards / "classes.json", meta)
+    index = json.loads((many_shards / "index.json").read_text())
+    for part in index["datasets"]:
+        for shard in part["shardlist"]:
+            shard["url"] = f"{server.url}/{shard['url']}"
+    (meta / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"need no recipe\.stream"):
+        open_run(load(tmp_path, meta, **{"recipe.stream": "pipe:cat {}"}), 1)
+    assert len(open_run(load(tmp_path, meta), 1)[1]) == TRAIN
+
+
+# ---------------------------------------------------------------- secrets, and other people's commands
+
+
+def test_secrets_in_addresses_are_not_shown(tmp_path, many_shards, server):
+    secret = server.url.replace("://", "://user:SECRET@") + "?token=SECRET"
+    loaded = load(tmp_path, many_shards)
+    experiment = config.load(loaded.path, [f"recipe.data={json.dumps(secret)}"])
+    plan, _, _ = open_run(experiment, 2)
+    assert "SECRET" not in json.dumps(plan.summary()) + str(plan.page())
+    assert experiment.resolved()["recipe"]["data"] == secret, "the run itself needs it"
+
+
+def test_a_run_folders_command_is_not_run_by_evaluate(tmp_path, many_shards, monkeypatch, capsys):
+    from pipeline.cli import main
+
+    trap = tmp_path / "trap"
+    experiment = stream_of(tmp_path, many_shards, f"pipe:touch {trap}; cat {{place}}/{{{{}}}}")
+    folder = tmp_path / "runs" / "copied"
+    folder.mkdir(parents=True)
+    (folder / "config.resolved.json").write_text(json.dumps(experiment.resolved()))
+    (folder / "model.safetensors").write_bytes(b"")
+    assert main(["evaluate", str(folder)]) == 2
+    assert "--config FILE" in capsys.readouterr().err
+    assert main(["evaluate", str(folder), "--data", str(many_shards)]) == 2, "there are no weights in it"
+    assert not trap.exists()
+
+
+def facts_of(path: str) -> dict:
+    from pipeline.run import Prepared
+    from pipeline.train import prepare
+
+    class World:
+        size, local_ranks = 2, range(2)
+
+    return Prepared.facts(prepare(path, [], World()))  # type: ignore[arg-type]
+
+
+def test_hosts_whose_shards_lie_in_different_places_do_not_agree(tmp_path, many_shards, server):
+    here = facts_of(str(load(tmp_path, many_shards).path))
+    there = facts_of(str(load(tmp_path, server.url, "there").path))
+    assert here["training shards"] == there["training shards"]
+    assert here["order"] != there["order"]
+
+
 # ---------------------------------------------------------------- whole runs
 
 
@@ -446,3 +608,12 @@ def test_remote_and_streamed_runs_are_the_local_training(tmp_path, many_shards, 
             if "num_batches" not in name:
                 difference = (tensor - ours[name]).abs().max() / ours[name].abs().max().clamp(min=1e-3)
                 assert difference < 2e-5, f"{run.name}: {name} differs by {difference:.1e}"
+
+
+def test_a_streamed_sample_with_two_images_is_refused():
+    split = SimpleNamespace(labels=Labels(), classes=("a",))
+    sample = {"__key__": "k", "png": b"mask", "jpg": b"photo", "cls": b"0"}
+    with pytest.raises(UserError, match=r"x\.tar: key k: has 2 images: \.png and \.jpg"):
+        _Shards._encoded(SimpleNamespace(_split=split), "x.tar", sample, 0, 0)
+    del sample["png"]
+    assert _Shards._encoded(SimpleNamespace(_split=split), "x.tar", sample, 0, 0).image == b"photo"

@@ -25,6 +25,19 @@ def test_names_of_the_validation_folder(tmp_path, write_class_folders, run, name
     assert code == 0 and "15 train / 6 val images · 3 classes" in said
 
 
+def test_no_folder_of_a_root_is_left_out_without_a_word(tmp_path, write_class_folders, make_image, run):
+    for number, name in enumerate(("train", "val", "test", "extra", "valid")):
+        write_class_folders(tmp_path / "in" / name, per_class=5 - number)
+    code, said, _ = run("prepare", "imagefolder", tmp_path / "in", tmp_path / "out")
+    assert code == 0 and "15 train / 12 val / 9 test images" in said
+    assert "note      left out extra/: neither train, val nor test" in said
+    assert f"note      left out valid/: the validation split is {tmp_path / 'in' / 'val'}" in said
+    assert len(load_split(tmp_path / "out", "test")) == 9
+    (tmp_path / "in" / "test" / "unlabelled.jpg").write_bytes(make_image(1))
+    code, said, _ = run("prepare", "imagefolder", tmp_path / "in", tmp_path / "flat")
+    assert code == 0 and "15 train / 12 val images" in said and "note      left out test/: " in said
+
+
 def test_two_folders_by_name_and_options_anywhere(tmp_path, write_class_folders, run):
     write_class_folders(tmp_path / "a")
     write_class_folders(tmp_path / "b", per_class=1)

@@ -374,6 +374,15 @@ def test_numbers_that_count_otherwise_are_refused(thousand, tmp_path):
         thousand_labels(thousand, str(path))
 
 
+def test_numbers_without_the_image_that_tells_how_they_count_are_refused(thousand, tmp_path):
+    lines = [line.split() for line in (thousand / "caffe.txt").open()]
+    for shift in (0, 1):  # none of them is 999, so that those counted from 1 are in range
+        kept = [(name, int(number) + shift) for name, number in lines[1:] if int(number) < 999]
+        (tmp_path / "part.txt").write_text("".join(f"{name} {number}\n" for name, number in kept))
+        with pytest.raises(UserError, match=r"part\.txt: has class numbers, but none for ILSVRC2012_val_00000001"):
+            thousand_labels(thousand, str(tmp_path / "part.txt"))
+
+
 def test_totals_of_the_whole_set(thousand, refuse, run, monkeypatch, tmp_path):
     archives = (thousand / "ILSVRC2012_img_train.tar", thousand / "ILSVRC2012_img_val.tar")
 

@@ -164,9 +164,9 @@ def test_markers_of_a_jpeg(segments, kind):
     ids=["segments", "fill bytes", "stuffed bytes", "restart markers", "zeros"],
 )
 def test_hostile_jpeg_takes_no_time(data):
-    started = time.perf_counter()
+    started = time.process_time()
     assert describe_image(data).kind == "damaged JPEG"
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_no_image():

@@ -17,6 +17,7 @@ from PIL import Image
 from shards.errors import UserError
 from shards.images import describe_image
 from shards.index import load_split
+from shards.plan import other_plan
 from shards.select import select
 from shards.tally import MOST_LISTED, Tally
 
@@ -114,7 +115,7 @@ def test_class_map(animals, tmp_path, run, name, text, names, where):
     target = {old: next((n for n in expected_names if n[0] == c), None) for old, c in zip(CLASSES, where, strict=True)}
     for split, count in (("train", 12), ("val", 3)):
         assert by_class(out, split) == {(old, new): count for old, new in target.items() if new is not None}
-    assert len(record(out)["options"]["class_map"]) == 64
+    assert record(out)["options"]["class_map"] == {old: new for old, new in target.items() if new != old}
     assert run("verify", out)[0] == 0
 
 
@@ -128,6 +129,8 @@ def test_class_map(animals, tmp_path, run, name, text, names, where):
         ("m.yaml", "'*': null\n", ["drops every class"]),
         ("m.json", '{"cat": ["a"]}', ["is no pair of class and new name"]),
         ("m.json", '{"cat": ', ["Expecting value"]),
+        ("m.json", "[" * 100_000, ["nested too deeply"]),
+        ("m.yaml", "[" * 10_000, ["nested too deeply"]),
         ("m.json", "3", ["neither an object nor a list"]),
         ("m.yaml", "cat: [a]\n", ["an entry is no pair"]),
         ("m.yaml", "- cat\n", ["an entry is no pair"]),
@@ -146,6 +149,17 @@ def test_class_map_refused(animals, tmp_path, refuse, name, text, messages):
     for message in messages:
         assert message in said
     assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_every_difference_between_two_class_maps_is_named(animals, tmp_path, run, refuse):
+    """Also one that no class shows, as where a limit drops the class as well; but not thousands of them."""
+    (tmp_path / "m.json").write_text('{"wolf": null, "*": "*"}')
+    options = ("prepare", "imagefolder", animals, tmp_path / "out", "--limit-classes", "2")
+    assert run(*options, "--class-map", tmp_path / "m.json")[0] == 0
+    assert "options.class_map.wolf: None there, absent asked for" in refuse(*options)
+    before, now = ({"class_map": {f"c{i}": new for i in range(1000)}} for new in "ab")
+    message = str(other_plan(tmp_path, before, now))
+    assert message.count("\n") < 30 and "… and 980 more" in message
 
 
 @pytest.mark.parametrize(("limit", "names"), [("2", "cat dog"), ("wolf,dog", "dog wolf"), ("FILE", "cat lion")])
@@ -330,7 +344,7 @@ def test_record_of_odd_files_survives_interruption_and_repair(mixed, tmp_path, r
 
 def test_kind_of_most_images_is_counted_and_not_listed(tmp_path, run):
     code, said, _ = run("prepare", "demo", tmp_path / "out")
-    assert code == 0 and "odd files 1,797 PNG kept verbatim\n" in said
+    assert code == 0 and "kinds     1,797 PNG\n" in said and "odd files" not in said
     assert images_record(tmp_path / "out") == {"kinds": {"PNG": 1437}, "odd": {}}
 
 
@@ -421,6 +435,28 @@ def test_bytes_of_encoded_images_do_not_depend_on_workers(mixed, tmp_path, run, 
 def test_impossible_encodings(animals, tmp_path, refuse, options, message):
     assert message in refuse("prepare", "imagefolder", animals, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_became_of_odd_files_is_not_said_where_some_were_reduced(mixed, tmp_path, run):
+    code, said, _ = run("prepare", "imagefolder", mixed, tmp_path / "out", "--resize-short", 20)
+    assert code == 0 and "encoded   14 images anew" in said
+    assert "odd files 2 PNG" in said and "verbatim" not in said
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM", "TIFF"])
+def test_gray_of_16_bits_becomes_gray_of_8(tmp_path, run, kind):
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    write(tmp_path / "in" / "x", f"deep.{kind.lower()}", encode(Image.fromarray(values), kind))
+    assert run("prepare", "imagefolder", tmp_path / "in", tmp_path / "out", "--normalize-odd")[0] == 0
+    image = Image.open(io.BytesIO(contents(tmp_path / "out")["x_deep"][2]))
+    assert image.mode == "L" and np.abs(np.asarray(image, int) - values // 257).max() < 5
+
+
+def test_gray_without_a_known_white_is_refused(tmp_path, refuse):
+    values = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    write(tmp_path / "in" / "x", "float.tif", encode(Image.fromarray(values), "TIFF"))
+    said = refuse("prepare", "imagefolder", tmp_path / "in", tmp_path / "out", "--normalize-odd")
+    assert "float.tif: key x_float: " in said and "8-bit gray" in said
 
 
 # ---- broken images

@@ -203,6 +203,33 @@ def test_string_labels_are_numbered_in_sorted_order_over_all_splits(tmp_path, ro
     assert found == expected
 
 
+def test_numbers_written_as_text_are_class_numbers(tmp_path, rows, run):
+    part = rows(0, 13, label=str)
+    write_parquet(tmp_path / "in" / "train.parquet", part, names=None, label_type=pyarrow.string())
+    assert run("prepare", "parquet", tmp_path / "in", tmp_path / "out")[0] == 0
+    assert [c["name"] for c in json.loads((tmp_path / "out" / "classes.json").read_text())] == [*map(str, range(13))]
+    expected = {f"n0144076{i % 3}_{i}_v1": (i, row["image"]) for i, row in enumerate(part)}
+    assert samples(tmp_path / "out", "train") == expected
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_labels_that_cannot_be_class_numbers(tmp_path, rows, refuse, as_text):
+    part = rows(0, 5, label=lambda i: (str if as_text else int)(2_000_000_000 * (i == 3)))
+    kind = pyarrow.string() if as_text else pyarrow.int64()
+    path = write_parquet(tmp_path / "in" / "train.parquet", part, names=None, label_type=kind)
+    message = refuse("prepare", "parquet", tmp_path / "in", tmp_path / "out")
+    assert f"{path}: label 2,000,000,000 is no class number: there are 5 images" in message
+    assert "--label-column" in message
+
+
+def test_labels_counted_from_one_are_pointed_out(tmp_path, rows, run):
+    for name, first in (("one", 1), ("zero", 0)):
+        part = rows(0, 6, label=lambda i, first=first: i % 3 + first)
+        write_parquet(tmp_path / name / "train.parquet", part, names=None)
+        code, said, _ = run("prepare", "parquet", tmp_path / name, tmp_path / f"{name}_out")
+        assert code == 0 and ("counted from 1?" in said) == (first == 1)
+
+
 @pytest.mark.parametrize("path", [None, "same.jpg"])
 def test_paths_absent_or_repeated_give_keys_of_row_numbers(tmp_path, rows, run, path):
     part = rows(0, 11, path=path)

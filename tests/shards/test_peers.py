@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from shards.cli import main
-from shards.idx import index_path, index_tar
+from shards.idx import format_index, index_path, list_samples
 from shards.index import Split, load_split
 
 WDS2IDX = os.environ.get("WDS2IDX") or shutil.which("wds2idx")
@@ -73,6 +73,11 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfil
                 info.type = tarfile.DIRTYPE
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def index_tar(tar: Path) -> bytes:
+    """The content of our ``.idx`` for a tar."""
+    return format_index(list_samples(tar))
 
 
 def wds2idx(tar: Path, with_tar_program: bool = True) -> bytes:

@@ -21,9 +21,10 @@ import pytest
 
 from shards.catalog import build_catalog, shuffled
 from shards.files import exclusive
-from shards.idx import index_tar
+from shards.idx import format_index
 from shards.images import image_extension
 from shards.index import load_split
+from shards.prepare import prepare
 from shards.sources.base import Entry, Source
 from shards.sources.demo import Demo
 from shards.table import read_shard
@@ -130,16 +131,109 @@ def test_other_seed_data_or_options_are_refused_unless_overwritten(prepared, two
     assert run("verify", out, "--digests")[0] == 0
 
 
-def test_shards_of_another_tool_are_not_overwritten(two_splits, tmp_path, refuse, write_tar, make_image):
-    write_tar(tmp_path / "train-0.tar", [("a.jpg", make_image(1)), ("a.cls", b"0")])
-    assert "train-0.tar" in refuse("prepare", "imagefolder", two_splits, tmp_path)
+@pytest.mark.parametrize("name", ["train-0.tar", "train-00000.tar"])
+def test_shards_of_another_tool_are_not_overwritten(two_splits, tmp_path, refuse, write_tar, make_image, tree, name):
+    write_tar(tmp_path / name, [("a.jpg", make_image(1)), ("a.cls", b"0")])
+    before = tree(tmp_path)
+    assert name in refuse("prepare", "imagefolder", two_splits, tmp_path)
+    message = refuse("prepare", "imagefolder", two_splits, tmp_path, "--overwrite")
+    assert name in message and "--overwrite does not remove it" in message
+    assert before.items() <= tree(tmp_path).items()
+
+
+def test_overwriting_leaves_no_shard_of_the_old_data_set(prepared, two_splits, tmp_path, tree, run, refuse, write_tar):
+    out = tmp_path / "out"
+    shutil.copytree(two_splits, tmp_path / "three")
+    shutil.copytree(two_splits / "val", tmp_path / "three" / "test")
+    assert run("prepare", "imagefolder", tmp_path / "three", out)[0] == 0
+    assert (out / "test-00000.tar").exists()
+    stray = write_tar(out / "train-00099.tar", [("a.jpg", b""), ("a.cls", b"0")])
+    before = tree(out)
+    assert str(stray) in refuse("prepare", "imagefolder", two_splits, out, "--overwrite")
+    assert tree(out) == before, "refused before anything is removed"
+    stray.unlink()
+    assert run("prepare", "imagefolder", two_splits, out, "--overwrite")[0] == 0
+    assert tree(out) == tree(prepared)
+
+
+def test_overwriting_a_data_set_of_another_tool(prepared, two_splits, tmp_path, tree, run, write_tar, make_image):
+    write_tar(tmp_path / "out" / "train-0.tar", [("a.jpg", make_image(1)), ("a.cls", b"0")])
+    assert run("index", tmp_path / "out")[0] == 0
+    assert run("prepare", "imagefolder", two_splits, tmp_path / "out", "--overwrite")[0] == 0
+    assert tree(tmp_path / "out") == tree(prepared)
+
+
+def test_killed_while_it_removed_the_old_data_set(prepared, two_splits, tmp_path, tree, run, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    unlink = Path.unlink
+
+    def stop_at_a_shard(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "train-00004.tar":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "unlink", stop_at_a_shard)
+        assert run("prepare", "imagefolder", two_splits, out, "--overwrite", "--seed", 3)[0] == 130
+    assert not (out / "index.json").exists() and (out / "train-00004.tar").exists()
+    assert run("prepare", "imagefolder", two_splits, out, "--overwrite")[0] == 0
+    assert tree(out) == tree(prepared)
+
+
+@pytest.mark.parametrize(("name", "content"), [("classes.json", None), ("classes.json", "[]"), ("_info.json", "{}")])
+def test_lost_lists_of_a_complete_data_set_are_written_again(prepared, two_splits, tmp_path, tree, run, name, content):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    (out / name).unlink()
+    if content is not None:
+        (out / name).write_text(content)
+    code, said, _ = run("prepare", "imagefolder", two_splits, out)
+    assert code == 0 and f"wrote {name} again" in said and "nothing to do" not in said
+    assert tree(out) == tree(prepared)
+
+
+def test_what_is_complete_is_not_decoded_again_and_says_so(prepared, two_splits, tmp_path, run):
+    shutil.copytree(prepared, tmp_path / "out")
+    said = run("prepare", "imagefolder", two_splits, tmp_path / "out", "--check-decode")[1]
+    assert f"not decoded again: shards verify {tmp_path / 'out'} --decode" in said
+
+
+def test_temporary_files_of_killed_runs_are_removed(tmp_path, write_class_folders, refuse):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    state = tmp_path / "out" / ".prepare"
+    state.mkdir(parents=True)
+    running = subprocess.Popen(["sleep", "60"])
+    orphan, other = (state / f".train-00000.tar.{process.pid}.tmp" for process in (ended, running))
+    for path in (orphan, other):
+        path.write_bytes(b"half a shard")
+    root = write_class_folders(tmp_path / "in")
+    (root / "class_0" / "empty.jpg").touch()
+    message = refuse("prepare", "imagefolder", root, tmp_path / "out")
+    running.kill()
+    running.wait()
+    assert "empty.jpg" in message
+    assert not orphan.exists() and other.exists(), "a process that runs may still write its own"
+
+
+class _ValidationFirst(Demo):
+    splits = ("val", "train")
+
+
+def test_limits_and_numbers_are_about_training_whatever_the_order_of_the_splits(tmp_path):
+    manifest = prepare(_ValidationFirst(), tmp_path / "out", shards=5, limit_per_class=2, workers=1)
+    assert list(manifest.splits) == ["train", "val"]
+    assert len(manifest.splits["train"]) == 5
+    counts = {name: sum(shard.samples for shard in shards) for name, shards in manifest.splits.items()}
+    assert counts == {"train": 20, "val": 360}
 
 
 def test_output_is_locked(two_splits, tmp_path, refuse):
     with exclusive(tmp_path):
         started = time.monotonic()
         assert "another shards process" in refuse("prepare", "imagefolder", two_splits, tmp_path)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10, "refused, not waited for"
     assert not list(tmp_path.glob("*.tar"))
 
 
@@ -224,6 +318,26 @@ def test_interrupted_by_hand(many_images, uninterrupted, tmp_path, start, tree, 
     assert tree(out) == uninterrupted
 
 
+def test_an_interruption_promises_to_go_on_only_where_that_is_so(prepared, two_splits, tmp_path, run, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shards.prepare.prepare", interrupted)
+    monkeypatch.setattr("shards.verify.verify", interrupted)
+    assert "run the same command again" in run("prepare", "imagefolder", two_splits, tmp_path / "out")[2]
+    assert run("verify", prepared) == (130, "", "shards: interrupted\n")
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_reader_that_has_gone_is_no_error(prepared, options):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "shards.cli", "verify", str(prepared), "--workers", "1", *options]
+    process = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2], check=False)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
 def kill(process: subprocess.Popen, whole_group: bool) -> None:
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
     process.wait()
@@ -232,10 +346,17 @@ def kill(process: subprocess.Popen, whole_group: bool) -> None:
 def test_killed_many_times_at_any_moment(many_images, uninterrupted, tmp_path, start, tree):
     out = tmp_path / "out"
     moments = random.Random(7)
+    phases = []
     for number in range(3):
         process = start("prepare", "imagefolder", many_images, out, "--shards", SHARDS, "--workers", 1 + number % 3)
-        time.sleep(moments.uniform(0.3, 0.9))
+        if number:
+            time.sleep(moments.uniform(0.3, 0.9))
+        else:
+            wait_for((out / ".prepare" / "plan.json").exists)
+            time.sleep(moments.uniform(0, 0.1))
         kill(process, whole_group=number != 1)
+        phases.append(phase(out))
+    assert "writing" in phases, phases
     finish(start, many_images, out, 2)
     assert tree(out) == uninterrupted
 
@@ -528,7 +649,7 @@ def test_table_of_a_written_shard_is_what_its_reader_finds(tmp_path, make_image)
         for i in range(7):
             writer.add("k" * (90 + i) + str(i), 10**i, make_image(i), "jpg")  # names around the limit of 100 bytes
         writer.close()
-    (tmp_path / "a.idx").write_bytes(index_tar(tmp_path / "a.tar"))
+    (tmp_path / "a.idx").write_bytes(format_index(writer.samples))
     read, written = read_shard(tmp_path / "a.tar"), writer.table()
     np.testing.assert_array_equal(written.samples, read.samples)
     np.testing.assert_array_equal(written.key_hashes, read.key_hashes)

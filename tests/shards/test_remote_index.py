@@ -95,6 +95,18 @@ def test_img2dataset_names_and_labels_elsewhere(tmp_path, index, write_tar):
             assert pin.samples["label"].tolist() == [0, 1, 2]
 
 
+def test_labels_that_are_too_large_or_counted_from_one(tmp_path, index, write_tar):
+    for name, last in (("one", 2), ("large", 30_000_000)):
+        members = [("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"x"), ("b.cls", b"%d" % last)]
+        write_tar(tmp_path / name / "0.tar", members)
+        with serve(tmp_path / name) as server:
+            code, said, message = index(server.url, tmp_path / f"{name}_out")
+            if name == "one":
+                assert code == 0 and "note      class 0 has no image; are the labels counted from 1?" in said
+            else:
+                assert code == 2 and f"{server.url}/0.tar: label 30,000,000 is no class number" in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -137,6 +137,20 @@ def test_the_sheet_shows_pictures_as_they_are_stored(tmp_path):
     assert share(4, (205, 205, 205)) == 1.0, "nothing but the cell is seen through it"
 
 
+def test_gray_of_16_bits_is_shown_as_training_sees_it(tmp_path, here):
+    data = encode(Image.fromarray(np.full((50, 50), 30_000, np.uint16)), "PNG")
+    draw_sheet(tmp_path / "sheet.png", "heading", "sub", [Picture(data, "deep", "a")], 1, 1)
+    assert (np.asarray(Image.open(tmp_path / "sheet.png"))[86:262, 24:200] == 255).all()
+    finding = "gray of more than 8 bits: training sees it clipped to white"
+    assert show(tar_of(tmp_path / "a.tar", {"deep.png": data}))["findings"] == {finding: {"count": 1, "keys": ["deep"]}}
+
+
+def test_classes_before_the_folder_with_commas_and_repeated(prepared, here, run):
+    for options in (("--class", "class_0,class_2"), ("--class", "class_0", "--class", "2")):
+        code, said, _ = run("show", *options, prepared)
+        assert code == 0 and "40 images" in said
+
+
 def test_long_and_strange_texts_stay_in_their_cells(tmp_path):
     key = "k" * 3000 + "\n\0"
     draw_sheet(tmp_path / "a.png", "h" * 900, "s", [Picture(encode(flat((0, 0, 0))), "名" * 99, key)], 1, 8)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shards.errors import UserError
 from shards.sources.tiny_imagenet import TinyImageNet
 
 WNIDS = ("n02124075", "n01443537", "n04067472")
@@ -192,3 +193,12 @@ def test_source_is_small_for_the_workers(tmp_path, tiny):
 
 def test_output_inside_the_images_is_refused(tiny, refuse):
     assert "lies inside the folder" in refuse("prepare", "tiny-imagenet", tiny, tiny / "train" / "out")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_what_is_no_file_among_the_images_does_not_hang(tmp_path, tiny, refuse, make):
+    path = tiny / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_99.JPEG"
+    make(path)
+    assert f"{path}: not a file" in refuse("prepare", "tiny-imagenet", tiny, tmp_path / "out")
+    with pytest.raises(UserError, match="not a file"):
+        TinyImageNet(tiny).read(str(path.relative_to(tiny)))

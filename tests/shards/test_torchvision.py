@@ -20,7 +20,7 @@ from shards.cli import main
 from shards.errors import UserError
 from shards.index import load_split
 from shards.sources.torchvision import Torchvision
-from shards.sources.torchvision_class import open_dataset
+from shards.sources.torchvision_class import cannot_open, open_dataset
 from shards.sources.torchvision_items import check_same_picture, locate_picture, noting_pictures
 
 datasets = pytest.importorskip("torchvision.datasets")
@@ -362,7 +362,49 @@ def test_unknown_classes_get_suggestions(tmp_path, refuse):
     message = refuse("prepare", "torchvision:Cifar10", tmp_path, tmp_path / "out")
     assert "torchvision:Cifar10: no such class" in message and "Did you mean CIFAR10" in message
     assert "There are: CIFAR10" not in message
-    assert "There are: " in refuse("prepare", "torchvision:", tmp_path, tmp_path / "out")
+    assert "There are: " in refuse("prepare", "torchvision:xyzzy", tmp_path, tmp_path / "out")
+    for name in ("torchvision", "torchvision:"):
+        message = refuse("prepare", name, tmp_path, tmp_path / "out")
+        assert "say which class" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["LSUN", "LSUNClass"])
+def test_classes_that_unpickle_what_lies_in_the_working_folder_are_refused(tmp_path, refuse, name):
+    message = refuse("prepare", f"torchvision:{name}", tmp_path, tmp_path / "out")
+    assert "unpickles" in message and "imagefolder" in message
+
+
+def test_no_advice_to_load_any_pickle(tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(pickle.dumps(Path(), protocol=2))
+    torch = pytest.importorskip("torch")
+    with pytest.raises(pickle.UnpicklingError) as error:
+        torch.load(path, weights_only=True)
+    assert "weights_only" in str(error.value)
+    message = str(cannot_open("torchvision:MNIST", tmp_path, error.value))
+    assert "Weights only load failed" in message and "weights_only" not in message
+
+
+def test_a_label_too_large_for_a_class_number(tmp_path, refuse):
+    for part, names in (("Training/00000", ["0.ppm"]), ("Final_Test/Images", ["0.ppm", "1.ppm"])):
+        folder = tmp_path / "gtsrb" / "GTSRB" / part
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_bytes(b"P6\n2 2\n255\n" + bytes(12))
+    (tmp_path / "gtsrb" / "GT-final_test.csv").write_text("Filename;ClassId\n0.ppm;0\n1.ppm;30000000")
+    message = refuse("prepare", "torchvision:GTSRB", tmp_path, tmp_path / "out")
+    assert "val item 1: label 30,000,000 is no class number: there are 3 images" in message
+
+
+def test_a_pipe_among_the_pictures_does_not_hang(tmp_path, refuse, make_image):
+    write_pets(tmp_path, make_image)
+    path = tmp_path / "oxford-iiit-pet" / "images" / "beagle_2.jpg"
+    path.unlink()
+    os.mkfifo(path)
+    message = refuse("prepare", "torchvision:OxfordIIITPet", tmp_path, tmp_path / "out")
+    assert "beagle_2.jpg: not a file" in message
+    with pytest.raises(UserError, match="not a file"):
+        Torchvision("OxfordIIITPet", tmp_path).read(f"file/{path.relative_to(tmp_path)}")
 
 
 def test_data_not_there(tmp_path, refuse):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from shards.index import load_split
+from shards.sources.base import make_distinct
 from shards.sources.webdataset import WebDataset
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
@@ -255,3 +256,95 @@ def test_listing_takes_memory_that_does_not_grow(tmp_path, write_tar):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(labels) == 5_000 and peak < 300_000
+
+
+def test_an_index_of_an_older_tar_is_not_believed(tmp_path, make_image, run):
+    """`cp -p` of another tar: as large, as many samples, and older than the .idx."""
+    images = {key: make_image(number) for number, key in enumerate("abc")}
+    length = max(map(len, images.values()))
+    images = {key: image.ljust(length, b"\0") for key, image in images.items()}
+    root = tmp_path / "in"
+    root.mkdir()
+    for name, keys in (("in/train-0.tar", "abc"), ("other.tar", "cab")):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for key in keys:
+                add(tar, f"{key}.jpg", images[key])
+                add(tar, f"{key}.cls", b"%d" % ord(key))
+    assert run("index", root)[0] == 0
+    os.utime(tmp_path / "other.tar", (1, 1))
+    shutil.copy2(tmp_path / "other.tar", root / "train-0.tar")
+    source = WebDataset(root)
+    found = {entry.key: (entry.label, source.read(entry.locator)) for entry in source.entries("train")}
+    assert found == {key: (ord(key), image) for key, image in images.items()}
+
+
+def with_masks(path: Path, make_image) -> Truth:
+    """A mask before each image, which both have extensions of images."""
+    path.parent.mkdir()
+    truth: Truth = {"train": {}}
+    with tarfile.open(path, "w") as tar:
+        for i in range(6):
+            add(tar, f"{i}.png", b"mask")
+            add(tar, f"{i}.JPG", make_image(i))
+            add(tar, f"{i}.cls", b"%d" % (i % 2))
+            truth["train"][str(i)] = (i % 2, make_image(i))
+    return truth
+
+
+def test_which_of_two_images_must_be_said(tmp_path, make_image, run, refuse):
+    truth = with_masks(tmp_path / "in" / "a.tar", make_image)
+    for command in (("index", tmp_path / "in"), ("prepare", "webdataset", tmp_path / "in", tmp_path / "out")):
+        message = refuse(*command)
+        assert "a.tar: key 0: has 2 images: .png and .jpg" in message
+        assert "shards prepare webdataset DIR OUT --image png" in message
+    options = ("prepare", "webdataset", tmp_path / "in", tmp_path / "out", "--image")
+    assert "--image cls: must be an extension of images" in refuse(*options, "cls")
+    assert "key 0: has no image (.webp)" in refuse(*options, "webp")
+    code, said, error = run(*options, "jpg")
+    assert code == 0 and ".png of 6 samples" in said, error
+    assert content(tmp_path / "out", "train") == truth["train"]
+    assert json.loads((tmp_path / "out" / "index.json").read_bytes())["onehour"]["options"]["image"] == "jpg"
+
+
+def numbered(path: Path, make_image, labels: list[int]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(labels):
+            add(tar, f"{i}.jpg", make_image(i))
+            add(tar, f"{i}.cls", b"%d" % label)
+    return path.parent
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3], [0, 1, 2]])
+def test_labels_counted_from_one_are_pointed_out(tmp_path, make_image, run, labels):
+    folder = numbered(tmp_path / "in" / "a.tar", make_image, labels)
+    note = "class 0 has no image; are the labels counted from 1?"
+    for command in (("prepare", "webdataset", folder, tmp_path / "out"), ("index", folder)):
+        code, said, _ = run(*command)
+        assert code == 0 and (note in said) == (labels[0] == 1), command
+
+
+def test_a_label_too_large_for_a_class_number(tmp_path, make_image, refuse, run):
+    folder = numbered(tmp_path / "in" / "a.tar", make_image, [0, 30_000_000, 1])
+    for command in (("prepare", "webdataset", folder, tmp_path / "out"), ("index", folder)):
+        message = refuse(*command)
+        assert "a.tar" in message and "label 30,000,000 is no class number: there are 3 images" in message
+        assert "--classes" in message
+    assert "at most" in refuse("index", folder, "--classes", 2_000_000_000)
+    for number in ("²", "9" * 30):
+        assert "neither a number nor a readable file" in refuse("index", folder, "--classes", number)
+
+
+def test_extension_in_capitals_is_not_passed_over(tmp_path, make_image, refuse):
+    folder = numbered(tmp_path / "in" / "train-0.tar", make_image, [0, 1])
+    numbered(folder / "val-0.TAR", make_image, [0, 1])
+    assert "val-0.TAR: shards are found by the extension .tar" in refuse("index", folder)
+    (folder / "val-0.TAR").rename(folder / "val-0.TAR.GZ")
+    assert "val-0.TAR.GZ: compressed" in refuse("index", folder)
+
+
+def test_names_made_distinct():
+    assert make_distinct(["a", "crane", "crane"]) == ("a", "crane (1)", "crane (2)")
+    names = ["crane", "crane", "crane (0)", "crane (1) (1)"]
+    assert len(set(make_distinct(names))) == 4 and make_distinct(names)[3] == names[3]
+    assert len(set(make_distinct(["x", "x", "x (0)", "x (0) (0)"]))) == 4
