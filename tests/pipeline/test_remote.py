@@ -563,6 +563,7 @@ def train_rank(world, path: str, stop_at: int | None = None) -> None:
         run.train()
 
 
+@pytest.mark.slow  # the readers of this file are compared with the index by the tests above
 def test_remote_and_streamed_runs_are_the_local_training(tmp_path, many_shards, server):
     """Window order: local on 1 rank; remote on 2, stopped and resumed on 8, from a server that cuts every connection
     once and corrupts every shard once; streamed on 2. Without BN, which amplifies the rounding of sums.

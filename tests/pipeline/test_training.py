@@ -204,6 +204,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_with_other_ranks_as_if_nothing_had_be
     assert_close(run_of(killed), run_of(runs[2]), TOLERANCE)
 
 
+@pytest.mark.slow  # test_loader shows that the loader names it
 def test_a_corrupt_image_ends_the_run_and_is_named(write_config: Callable[..., Path], tiny_shards, tmp_path):
     """Overwrite an image inside a tar, sizes unchanged: only decoding can notice."""
     shards = tmp_path / "damaged"
@@ -221,6 +222,7 @@ def test_a_corrupt_image_ends_the_run_and_is_named(write_config: Callable[..., P
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_torchrun_runs_the_same_module(write_config: Callable[..., Path]):
     path = write_config("torchrun", {"recipe.epochs": 1})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
