@@ -168,7 +168,7 @@ def test_seed_and_epoch_do_not_run_into_each_other():
 
 
 def test_label_statistics_of_class_sorted_ids_are_those_of_a_true_permutation(imagenet_epochs):
-    """facts/data.md §2: 226 distinct classes per 256 images on average and 209 at least, neighbours alike 0.0010."""
+    """226 distinct classes per 256 images on average and 209 at least, neighbours alike 0.0010."""
     labels = imagenet_epochs[0] * 1000 // IMAGENET
     batches = np.sort(labels[: IMAGENET // 256 * 256].reshape(-1, 256), axis=1)
     distinct = (np.diff(batches, axis=1) > 0).sum(axis=1) + 1
