@@ -17,7 +17,8 @@ from pipeline.batch import Batch
 from pipeline.config import Config
 from pipeline.order import Order, SampleStream
 from pipeline.schema import Recipe
-from pipeline.window import WindowOrder, WindowThenUniform
+from pipeline.window import WindowOrder, WindowThenUniform, windows_of
+from shards.cache import default_folder
 from shards.errors import UserError
 from shards.fetch import is_remote
 from shards.index import Split, load_split
@@ -38,8 +39,6 @@ EVALUATION_SHARDS = 3
 
 def cache_folder(recipe: Recipe) -> Path:
     """Where remote shards are kept on this host."""
-    from shards.cache import default_folder
-
     return Path(recipe.cache.folder).expanduser() if recipe.cache.folder else default_folder()
 
 
@@ -159,8 +158,8 @@ def residence(
         workers: positions of the host's logical workers in an update's list of them.
         ranks: on the host.
     """
-    windowed = order.window if isinstance(order, WindowThenUniform) else order
-    if not isinstance(windowed, WindowOrder):
+    windowed = windows_of(order)
+    if windowed is None:
         return None
     # the window in use, the one that lookahead reaches, and the short one that may lie between at an epoch's end
     windows = 2 + math.ceil(max(windowed.span, (recipe.loader.prefetch + 1) * windowed.update) / windowed.span)

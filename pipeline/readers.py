@@ -13,7 +13,7 @@ from pipeline.order import SampleStream
 from pipeline.reader import Reader, ShardReader
 from pipeline.schema import Recipe
 from pipeline.stream import StreamReader
-from pipeline.window import Block, Piece, WindowOrder, WindowThenUniform, merge, sequential_blocks
+from pipeline.window import Block, Piece, WindowOrder, WindowThenUniform, merge, sequential_blocks, windows_of
 from shards.cache import ShardCache
 from shards.fetch import Retry
 from shards.index import Split
@@ -107,8 +107,8 @@ def _window_blocks(order: WindowOrder, workers: range, position: int) -> Iterato
 
 def _lookahead(order: SampleStream) -> int:
     """One window of every stream."""
-    windowed = order.window if isinstance(order, WindowThenUniform) else order
-    return windowed.span if isinstance(windowed, WindowOrder) else 0
+    windowed = windows_of(order)
+    return windowed.span if windowed is not None else 0
 
 
 class _NextUse:

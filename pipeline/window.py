@@ -26,7 +26,7 @@ from itertools import count
 
 import numpy as np
 
-from pipeline.order import Order, permute
+from pipeline.order import Order, SampleStream, permute
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,13 @@ class WindowThenUniform:
     def epochs(self, positions: np.ndarray) -> np.ndarray:
         """As `order.Order.epochs`."""
         return self.uniform.epochs(positions)
+
+
+def windows_of(order: SampleStream) -> WindowOrder | None:
+    """The order in windows that an order is, or begins with; None for one without windows."""
+    if isinstance(order, WindowThenUniform):
+        return order.window
+    return order if isinstance(order, WindowOrder) else None
 
 
 def sequential_blocks(shard_samples: Sequence[int], start: int, stop: int, size: int) -> Iterator[Block]:

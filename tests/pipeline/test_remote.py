@@ -224,17 +224,15 @@ def test_a_cache_smaller_than_the_data_is_never_exceeded_and_loses_nothing(tmp_p
         assert 65 < fetched < 3 * 65, "four epochs out of a cache of less than half"
 
 
-def test_evaluation_reads_every_image_once_whatever_the_ranks(tmp_path, many_shards, server):
-    experiment = load(tmp_path, server.url)
-    split = dataset.open_split(experiment.recipe, "val")
-    local = ShardReader(load_split(many_shards, "val"))
+def assert_evaluation_is_exact(experiment: config.Config, split, data: Path, *, contiguous: bool) -> None:
+    """On 1 and 3 ranks: every image of the local copy, once."""
+    local = ShardReader(load_split(data, "val"))
     for world_size in (1, 3):
         ids = []
         for rank in range(world_size):
-            with contextlib.closing(
-                evaluation_reader(split, experiment.recipe, rank=rank, world_size=world_size)
-            ) as reader:
-                for request in evaluation_requests(VAL, 4, rank, world_size):
+            reader = evaluation_reader(split, experiment.recipe, rank=rank, world_size=world_size)
+            with contextlib.closing(reader):
+                for request in evaluation_requests(VAL, 4, rank, world_size, contiguous=contiguous):
                     reader.expect(request.last)
                     for sample, weight in zip(request.ids.tolist(), request.weights, strict=True):
                         assert reader.read(sample) == local.read(sample)
@@ -242,6 +240,12 @@ def test_evaluation_reads_every_image_once_whatever_the_ranks(tmp_path, many_sha
                     reader.passed(request.first)
         assert sorted(ids) == list(range(VAL))
     local.close()
+
+
+def test_evaluation_reads_every_image_once_whatever_the_ranks(tmp_path, many_shards, server):
+    experiment = load(tmp_path, server.url)
+    split = dataset.open_split(experiment.recipe, "val")
+    assert_evaluation_is_exact(experiment, split, many_shards, contiguous=False)
 
 
 def test_a_server_that_cuts_and_corrupts_costs_time_and_no_sample(tmp_path, many_shards, server):
@@ -396,20 +400,7 @@ def test_timms_info_alone_is_enough(tmp_path, many_shards):
 def test_a_streamed_evaluation_is_exact_in_contiguous_shares(tmp_path, many_shards):
     experiment = stream_of(tmp_path, many_shards)
     split = dataset.open_split(experiment.recipe, "val")
-    local = ShardReader(load_split(many_shards, "val"))
-    for world_size in (1, 3):
-        ids = []
-        for rank in range(world_size):
-            reader = evaluation_reader(split, experiment.recipe, rank=rank, world_size=world_size)
-            with contextlib.closing(reader):
-                for request in evaluation_requests(VAL, 4, rank, world_size, contiguous=True):
-                    reader.expect(request.last)
-                    for sample, weight in zip(request.ids.tolist(), request.weights, strict=True):
-                        assert reader.read(sample) == local.read(sample)
-                        ids += [sample] * bool(weight)
-                    reader.passed(request.first)
-        assert sorted(ids) == list(range(VAL))
-    local.close()
+    assert_evaluation_is_exact(experiment, split, many_shards, contiguous=True)
 
 
 @pytest.mark.parametrize(
