@@ -85,6 +85,14 @@ set_up() {
     touch "$stamp"
 }
 
+# the C decoder, where it is missing or older than its sources, and there is a compiler now; training goes without, slower
+build_extension() {
+    local built=shards/jpeg/_native.abi3.so
+    [ -e "$built" ] && [ -z "$(find shards/jpeg/native -newer "$built" -print -quit)" ] && return
+    command -v "${CC:-cc}" >/dev/null || return 0
+    "$1" -c 'from setuptools import setup; setup()' --quiet build_ext --inplace &>/dev/null || true
+}
+
 if [ -n "${ONEHOUR_PYTHON:-}" ]; then
     python=$ONEHOUR_PYTHON
     if [[ "$python" == */* && "$python" != /* ]]; then python=$PWD/$python; fi
@@ -97,6 +105,10 @@ else
     )
     export PATH="$here/.venv/bin:$PATH"
 fi
+(
+    cd -- "$here"
+    build_extension "$python"
+)
 
 # -P: a folder of the caller's that is called pipeline or shards is not ours
 case "${1:-demo}" in

@@ -1,0 +1,270 @@
+/* What Python sees. Arguments are checked by shards/jpeg/__init__.py, which alone calls this; sizes of buffers are
+   checked here all the same. The interpreter's lock is released while images are read and decoded. */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include "crop_index.h"
+#include "decode.h"
+#include "files.h"
+#include "region.h"
+
+/* Workspaces that no thread uses at the moment; the interpreter's lock guards them. */
+#define MOST_IDLE 256
+#define MOST_KEPT (64u << 20) /* bytes: one that a huge image has inflated is freed */
+
+static struct workspace *idle[MOST_IDLE];
+static int idle_count;
+static const struct kernels *chosen;
+
+static struct workspace *take_workspace(void) {
+    if (idle_count) {
+        struct workspace *workspace = idle[--idle_count];
+        workspace->kernels = chosen;
+        return workspace;
+    }
+    struct workspace *workspace = malloc(sizeof *workspace);
+    if (!workspace) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    init_workspace(workspace, chosen);
+    return workspace;
+}
+
+static void give_back(struct workspace *workspace) {
+    if (idle_count < MOST_IDLE && workspace_size(workspace) <= MOST_KEPT) {
+        idle[idle_count++] = workspace;
+    } else {
+        free_workspace(workspace);
+        free(workspace);
+    }
+}
+
+static bool check(bool condition, const char *what) {
+    if (!condition) {
+        PyErr_SetString(PyExc_ValueError, what);
+    }
+    return condition;
+}
+
+#define TRANSFORM_FORMAT "(iiKKddddddiii)"
+#define TRANSFORM_POINTERS(t)                                                                                          \
+    &(t).size, &crop, &key_low, &key_high, &(t).scale[0], &(t).scale[1], &(t).ratio[0], &(t).ratio[1],                 \
+        &(t).log_ratio[0], &(t).log_ratio[1], &(t).padding, &flip, &(t).evaluation_resize
+
+/* load_files(transform, extents, epochs, samples, out, status) */
+static PyObject *load_files(PyObject *module, PyObject *args) {
+    (void)module;
+    struct transform transform;
+    int crop, flip;
+    unsigned long long key_low, key_high;
+    Py_buffer extents, epochs, samples, out, status;
+    if (!PyArg_ParseTuple(args, TRANSFORM_FORMAT "y*y*y*w*w*", TRANSFORM_POINTERS(transform), &extents, &epochs,
+                          &samples, &out, &status)) {
+        return NULL;
+    }
+    transform.crop = (enum crop)crop;
+    transform.flip = flip;
+    transform.key[0] = key_low;
+    transform.key[1] = key_high;
+    Py_ssize_t count = extents.len / (Py_ssize_t)sizeof(struct extent);
+    Py_ssize_t pixels = (Py_ssize_t)transform.size * transform.size * 3;
+    struct workspace *workspace = NULL;
+    if (check(extents.len % (Py_ssize_t)sizeof(struct extent) == 0 && epochs.len == 8 * count &&
+                  samples.len == 8 * count && status.len == 4 * count && transform.size > 0 &&
+                  out.len == pixels * count && transform.padding >= 0 && transform.evaluation_resize >= transform.size,
+              "buffers of different lengths") &&
+        (workspace = take_workspace())) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < count; i++) {
+            struct extent extent;
+            int64_t epoch, sample;
+            size_t record_size = 0;
+            memcpy(&extent, (const char *)extents.buf + i * (Py_ssize_t)sizeof extent, sizeof extent);
+            memcpy(&epoch, (const char *)epochs.buf + 8 * i, sizeof epoch);
+            memcpy(&sample, (const char *)samples.buf + 8 * i, sizeof sample);
+            bool is_indexed = extent.index_descriptor >= 0;
+            int32_t result = read_image(workspace, &extent);
+            if (!result && is_indexed) {
+                result = read_record(workspace, &extent, &record_size);
+            }
+            if (!result && is_indexed && !record_size && !reserve(&workspace->record, 1)) {
+                result = STATUS_NO_MEMORY;
+            }
+            if (!result) {
+                result = decode_view(workspace, workspace->image.bytes, extent.size,
+                                     is_indexed ? workspace->record.bytes : NULL, record_size, extent.row, &transform,
+                                     (uint64_t)epoch, (uint64_t)sample, (uint8_t *)out.buf + i * pixels);
+            }
+            memcpy((char *)status.buf + 4 * i, &result, sizeof result);
+        }
+        Py_END_ALLOW_THREADS
+        give_back(workspace);
+    }
+    PyBuffer_Release(&extents);
+    PyBuffer_Release(&epochs);
+    PyBuffer_Release(&samples);
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&status);
+    if (!workspace) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* load_bytes(transform, image, record, row, epoch, sample, out) -> status; an empty record stands for none */
+static PyObject *load_bytes(PyObject *module, PyObject *args) {
+    (void)module;
+    struct transform transform;
+    int crop, flip, status = 0;
+    unsigned long long key_low, key_high, epoch, sample;
+    unsigned row;
+    Py_buffer image, record, out;
+    if (!PyArg_ParseTuple(args, TRANSFORM_FORMAT "y*y*IKKw*", TRANSFORM_POINTERS(transform), &image, &record, &row,
+                          &epoch, &sample, &out)) {
+        return NULL;
+    }
+    transform.crop = (enum crop)crop;
+    transform.flip = flip;
+    transform.key[0] = key_low;
+    transform.key[1] = key_high;
+    struct workspace *workspace = NULL;
+    if (check(transform.size > 0 && out.len == (Py_ssize_t)transform.size * transform.size * 3 &&
+                  transform.padding >= 0 && transform.evaluation_resize >= transform.size,
+              "a buffer of another size") &&
+        (workspace = take_workspace())) {
+        Py_BEGIN_ALLOW_THREADS
+        status = decode_view(workspace, image.buf, (size_t)image.len, record.len ? record.buf : NULL,
+                             (size_t)record.len, row, &transform, epoch, sample, out.buf);
+        Py_END_ALLOW_THREADS
+        give_back(workspace);
+    }
+    PyBuffer_Release(&image);
+    PyBuffer_Release(&record);
+    PyBuffer_Release(&out);
+    return workspace ? PyLong_FromLong(status) : NULL;
+}
+
+/* pixels(image, record, row, left, top, width, height) -> (status, RGB bytes): a rectangle as it is */
+static PyObject *pixels(PyObject *module, PyObject *args) {
+    (void)module;
+    Py_buffer image, record;
+    unsigned row;
+    int left, top, width, height, status = 0;
+    if (!PyArg_ParseTuple(args, "y*y*Iiiii", &image, &record, &row, &left, &top, &width, &height)) {
+        return NULL;
+    }
+    PyObject *result = NULL;
+    struct workspace *workspace = take_workspace();
+    if (workspace) {
+        struct frame frame;
+        struct crop_index index;
+        struct region region = {.workspace = workspace, .frame = &frame};
+        status = read_header(image.buf, (size_t)image.len, &frame);
+        if (!status && !(left >= 0 && top >= 0 && width > 0 && height > 0 && left <= frame.width - width &&
+                         top <= frame.height - height)) {
+            PyErr_SetString(PyExc_ValueError, "the rectangle lies outside of the image");
+        } else if (status) {
+            result = Py_BuildValue("(iy#)", status, "", (Py_ssize_t)0);
+        } else {
+            region.left = left;
+            region.top = top;
+            region.right = left + width;
+            region.bottom = top + height;
+            if (record.len) {
+                status = open_record(record.buf, (size_t)record.len, row, (size_t)image.len, &frame, &index)
+                             ? decode_indexed(&region, image.buf, (size_t)image.len, &index)
+                             : STATUS_STALE;
+            } else {
+                status = decode_plain(&region, image.buf, (size_t)image.len);
+            }
+            PyObject *bytes = PyBytes_FromStringAndSize(NULL, status ? 0 : (Py_ssize_t)width * height * 3);
+            if (bytes && !status && !prepare_rows(&region, 4)) {
+                PyErr_NoMemory();
+                Py_DECREF(bytes);
+                bytes = NULL;
+            }
+            if (bytes) {
+                char *to = PyBytes_AsString(bytes);
+                for (int y = 0; y < height && !status; y++) {
+                    const uint8_t *pixel = pixel_row(&region, top + y, 0);
+                    for (int x = 0; x < width; x++, to += 3, pixel += 4) {
+                        memcpy(to, pixel, 3);
+                    }
+                }
+                result = Py_BuildValue("(iN)", status, bytes);
+            }
+        }
+        give_back(workspace);
+    }
+    PyBuffer_Release(&image);
+    PyBuffer_Release(&record);
+    return result;
+}
+
+/* index_image(image, row) -> record */
+static PyObject *index_image(PyObject *module, PyObject *args) {
+    (void)module;
+    Py_buffer image;
+    unsigned row;
+    if (!PyArg_ParseTuple(args, "y*I", &image, &row)) {
+        return NULL;
+    }
+    PyObject *result = NULL;
+    struct workspace *workspace = NULL;
+    if (check((uint64_t)image.len <= UINT32_MAX, "an image of more than 4 GB") && (workspace = take_workspace())) {
+        const uint8_t *record;
+        size_t size = 0;
+        Py_BEGIN_ALLOW_THREADS
+        record = build_record(workspace, image.buf, (size_t)image.len, row, &size);
+        Py_END_ALLOW_THREADS
+        result = record ? PyBytes_FromStringAndSize((const char *)record, (Py_ssize_t)size) : PyErr_NoMemory();
+        give_back(workspace);
+    }
+    PyBuffer_Release(&image);
+    return result;
+}
+
+/* variant([name]) -> the name of the kernels in use; a name chooses others, for tests */
+static PyObject *variant(PyObject *module, PyObject *args) {
+    (void)module;
+    const char *name = NULL;
+    if (!PyArg_ParseTuple(args, "|s", &name)) {
+        return NULL;
+    }
+    if (name) {
+        const struct kernels *best = best_kernels();
+        if (strcmp(name, best->name) == 0) {
+            chosen = best;
+        } else if (strcmp(name, kernels_plain.name) == 0) {
+            chosen = &kernels_plain;
+        } else {
+            PyErr_Format(PyExc_ValueError, "no kernels called %s for this processor", name);
+            return NULL;
+        }
+    }
+    return PyUnicode_FromString(chosen->name);
+}
+
+static PyMethodDef methods[] = {
+    {"load_files", load_files, METH_VARARGS, NULL}, {"load_bytes", load_bytes, METH_VARARGS, NULL},
+    {"pixels", pixels, METH_VARARGS, NULL},         {"index_image", index_image, METH_VARARGS, NULL},
+    {"variant", variant, METH_VARARGS, NULL},       {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "shards.jpeg._native", NULL, -1, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    PyObject *module = PyModule_Create(&definition);
+    chosen = best_kernels();
+    /* Python and C are released together; what was built from other sources is not used */
+    if (module && PyModule_AddIntConstant(module, "VERSION", 1)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}
