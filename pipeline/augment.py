@@ -41,7 +41,8 @@ class Augmentation:
 
     def __init__(self, transform: Transform, seed: int) -> None:
         self.transform = transform
-        self._key = int.from_bytes(hashlib.sha256(f"augment:{seed}".encode()).digest()[:16], "little")
+        self.key = int.from_bytes(hashlib.sha256(f"augment:{seed}".encode()).digest()[:16], "little")
+        """Of Philox, 128 bits: a decoder that draws the views itself needs it."""
         self._log_ratio = (math.log(transform.ratio[0]), math.log(transform.ratio[1]))
 
     def view(self, width: int, height: int, epoch: int, sample: int) -> View:
@@ -57,7 +58,7 @@ class Augmentation:
             `padded`: a `size` × `size` rectangle of the image scaled to `size` × `size`, that may reach up to
             `padding` pixels outside of it.
         """
-        draw = _Uniform(self._key, epoch, sample)
+        draw = Uniform(self.key, epoch, sample)
         flip = draw() < 0.5 if self.transform.flip else False
         if self.transform.crop == "resized":
             return self._resized_crop(width, height, draw, flip)
@@ -67,7 +68,7 @@ class Augmentation:
             return View(left, top, size, size, flip)
         return View(0, 0, width, height, flip)
 
-    def _resized_crop(self, width: int, height: int, draw: _Uniform, flip: bool) -> View:
+    def _resized_crop(self, width: int, height: int, draw: Uniform, flip: bool) -> View:
         """torchvision's RandomResizedCrop.get_params: area and log aspect ratio uniform, ten attempts."""
         low, high = self.transform.scale
         for _ in range(RESIZED_CROP_ATTEMPTS):
@@ -87,17 +88,27 @@ class Augmentation:
         return View((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height, flip)
 
 
-class _Uniform:
-    """Uniform draws from one sample's own Philox stream."""
+class Uniform:
+    """Uniform draws from one sample's own Philox stream.
 
-    WORDS = 48  # the most that one view can use: 1 + 10 attempts × 2 + 2, with room
+    Args:
+        key: 128 bits: what is drawn for, and the run's seed.
+        epoch, sample: 0-based.
+    """
+
+    WORDS = 48  # at a time: the most that one view can use is 1 + 10 attempts × 2 + 2
 
     def __init__(self, key: int, epoch: int, sample: int) -> None:
-        self._words = iter(np.random.Philox(key=key, counter=[0, 0, epoch, sample]).random_raw(self.WORDS).tolist())
+        self._philox = np.random.Philox(key=key, counter=[0, 0, epoch, sample])
+        self._words = iter(self._philox.random_raw(self.WORDS).tolist())
 
     def __call__(self) -> float:
         """A float in [0, 1): the top 53 bits of a word."""
-        return (next(self._words) >> 11) * 2.0**-53
+        word = next(self._words, None)
+        if word is None:
+            self._words = iter(self._philox.random_raw(self.WORDS).tolist())
+            word = next(self._words)
+        return (word >> 11) * 2.0**-53
 
     def integer(self, high: int) -> int:
         """An integer in [0, high], both included."""

@@ -154,6 +154,16 @@ def decode_rectangle(
     return (Status.INDEXED if record else Status.PLAIN), shaped
 
 
+def draw_view(views: Views, size: int, width: int, height: int, epoch: int, sample: int) -> tuple[int, ...]:
+    """What the extension shows of an image of `width` × `height` pixels; for tests.
+
+    Returns:
+        Left, top, width, height of the part; the width and height that it is scaled to; the left and top of what is
+        cut out of that; and 1 if it is mirrored.
+    """
+    return _extension().draw(views.pack(size), width, height, epoch, sample)
+
+
 def choose_variant(name: str) -> None:
     """Use other inner loops than the best ones for this processor, e.g. ``portable C``; for tests."""
     _extension().variant(name)

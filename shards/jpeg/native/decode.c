@@ -69,6 +69,9 @@ enum status decode_view(struct workspace *workspace, const uint8_t *image, size_
         return (enum status)status;
     }
     draw_view(transform, frame.width, frame.height, epoch, sample, &view);
+    if (view.width < 1 || view.height < 1) {
+        return STATUS_UNSUPPORTED; /* ratios that no rectangle of this image has */
+    }
     bool is_padded = transform->crop == CROP_PADDED;
     int first_column = is_padded ? 0 : view.shift_left, first_row = is_padded ? 0 : view.shift_top;
     if (!make_filter(view.width, view.scaled_width, first_column, size, view.flip && !is_padded,

@@ -49,32 +49,42 @@ static bool check(bool condition, const char *what) {
     return condition;
 }
 
-#define TRANSFORM_FORMAT "(iiKKddddddiii)"
-#define TRANSFORM_POINTERS(t)                                                                                          \
-    &(t).size, &crop, &key_low, &key_high, &(t).scale[0], &(t).scale[1], &(t).ratio[0], &(t).ratio[1],                 \
-        &(t).log_ratio[0], &(t).log_ratio[1], &(t).padding, &flip, &(t).evaluation_resize
+#define LONGEST_SIDE 32767 /* so that scaled sizes, at most this times 65535, fit into 31 bits */
+
+/* For "O&": the tuple of Views.pack. */
+static int as_transform(PyObject *packed, void *to) {
+    struct transform *transform = to;
+    unsigned long long key[2];
+    int crop, flip;
+    if (!PyArg_ParseTuple(packed, "iiKKddddddiii", &transform->size, &crop, &key[0], &key[1], &transform->scale[0],
+                          &transform->scale[1], &transform->ratio[0], &transform->ratio[1], &transform->log_ratio[0],
+                          &transform->log_ratio[1], &transform->padding, &flip, &transform->evaluation_resize)) {
+        return 0;
+    }
+    transform->crop = (enum crop)crop;
+    transform->flip = flip;
+    transform->key[0] = key[0];
+    transform->key[1] = key[1];
+    return check(transform->size > 0 && transform->size <= LONGEST_SIDE && transform->padding >= 0 &&
+                     transform->padding <= LONGEST_SIDE && transform->evaluation_resize >= transform->size &&
+                     transform->evaluation_resize <= LONGEST_SIDE,
+                 "sizes must be from 1 to 32,767 pixels");
+}
 
 /* load_files(transform, extents, epochs, samples, out, status) */
 static PyObject *load_files(PyObject *module, PyObject *args) {
     (void)module;
     struct transform transform;
-    int crop, flip;
-    unsigned long long key_low, key_high;
     Py_buffer extents, epochs, samples, out, status;
-    if (!PyArg_ParseTuple(args, TRANSFORM_FORMAT "y*y*y*w*w*", TRANSFORM_POINTERS(transform), &extents, &epochs,
+    if (!PyArg_ParseTuple(args, "O&y*y*y*w*w*", as_transform, &transform, &extents, &epochs,
                           &samples, &out, &status)) {
         return NULL;
     }
-    transform.crop = (enum crop)crop;
-    transform.flip = flip;
-    transform.key[0] = key_low;
-    transform.key[1] = key_high;
     Py_ssize_t count = extents.len / (Py_ssize_t)sizeof(struct extent);
     Py_ssize_t pixels = (Py_ssize_t)transform.size * transform.size * 3;
     struct workspace *workspace = NULL;
     if (check(extents.len % (Py_ssize_t)sizeof(struct extent) == 0 && epochs.len == 8 * count &&
-                  samples.len == 8 * count && status.len == 4 * count && transform.size > 0 &&
-                  out.len == pixels * count && transform.padding >= 0 && transform.evaluation_resize >= transform.size,
+                  samples.len == 8 * count && status.len == 4 * count && out.len == pixels * count,
               "buffers of different lengths") &&
         (workspace = take_workspace())) {
         Py_BEGIN_ALLOW_THREADS
@@ -118,22 +128,16 @@ static PyObject *load_files(PyObject *module, PyObject *args) {
 static PyObject *load_bytes(PyObject *module, PyObject *args) {
     (void)module;
     struct transform transform;
-    int crop, flip, status = 0;
-    unsigned long long key_low, key_high, epoch, sample;
+    int status = 0;
+    unsigned long long epoch, sample;
     unsigned row;
     Py_buffer image, record, out;
-    if (!PyArg_ParseTuple(args, TRANSFORM_FORMAT "y*y*IKKw*", TRANSFORM_POINTERS(transform), &image, &record, &row,
+    if (!PyArg_ParseTuple(args, "O&y*y*IKKw*", as_transform, &transform, &image, &record, &row,
                           &epoch, &sample, &out)) {
         return NULL;
     }
-    transform.crop = (enum crop)crop;
-    transform.flip = flip;
-    transform.key[0] = key_low;
-    transform.key[1] = key_high;
     struct workspace *workspace = NULL;
-    if (check(transform.size > 0 && out.len == (Py_ssize_t)transform.size * transform.size * 3 &&
-                  transform.padding >= 0 && transform.evaluation_resize >= transform.size,
-              "a buffer of another size") &&
+    if (check(out.len == (Py_ssize_t)transform.size * transform.size * 3, "a buffer of another size") &&
         (workspace = take_workspace())) {
         Py_BEGIN_ALLOW_THREADS
         status = decode_view(workspace, image.buf, (size_t)image.len, record.len ? record.buf : NULL,
@@ -227,6 +231,22 @@ static PyObject *index_image(PyObject *module, PyObject *args) {
     return result;
 }
 
+/* draw(transform, width, height, epoch, sample) -> the view, for tests */
+static PyObject *draw(PyObject *module, PyObject *args) {
+    (void)module;
+    struct transform transform;
+    struct view view;
+    int width, height;
+    unsigned long long epoch, sample;
+    if (!PyArg_ParseTuple(args, "O&iiKK", as_transform, &transform, &width, &height, &epoch,
+                          &sample)) {
+        return NULL;
+    }
+    draw_view(&transform, width, height, epoch, sample, &view);
+    return Py_BuildValue("(iiiiiiiii)", view.left, view.top, view.width, view.height, view.scaled_width,
+                         view.scaled_height, view.shift_left, view.shift_top, (int)view.flip);
+}
+
 /* variant([name]) -> the name of the kernels in use; a name chooses others, for tests */
 static PyObject *variant(PyObject *module, PyObject *args) {
     (void)module;
@@ -251,7 +271,8 @@ static PyObject *variant(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {
     {"load_files", load_files, METH_VARARGS, NULL}, {"load_bytes", load_bytes, METH_VARARGS, NULL},
     {"pixels", pixels, METH_VARARGS, NULL},         {"index_image", index_image, METH_VARARGS, NULL},
-    {"variant", variant, METH_VARARGS, NULL},       {NULL, NULL, 0, NULL},
+    {"draw", draw, METH_VARARGS, NULL},             {"variant", variant, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
