@@ -101,8 +101,12 @@ void walk_entry(struct walk *walk, struct entry *entry) {
         return;
     }
     size_t used = bits_used(&walk->stream, walk->run.bytes);
-    for (; walk->from_size < used / 8; walk->from_size++) {
-        walk->from += *walk->from == 0xFF ? 2 : 1;
+    while (walk->from_size < used / 8) {
+        size_t bytes = used / 8 - walk->from_size;
+        const uint8_t *stuffed = memchr(walk->from, 0xFF, bytes);
+        size_t passed = stuffed ? (size_t)(stuffed - walk->from) + 1 : bytes;
+        walk->from += stuffed ? passed + 1 : passed;
+        walk->from_size += passed;
     }
     entry->byte = (size_t)(walk->from - walk->image);
     entry->bit = used % 8;
