@@ -149,38 +149,59 @@ static void colour_avx2(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, 
 
 /* ---------------------------------------------------------------- resampling */
 
-/* Each half of a register belongs to one of the two rows. */
-static void resample_across_avx2(const uint8_t *one, const uint8_t *other, const struct filter *filter,
-                                 uint8_t *one_out, uint8_t *other_out) {
+/* Two weights in every 32 bits. */
+ALWAYS_INLINE __m256i two_weights(const int16_t *weights) {
+    return _mm256_broadcastd_epi32(_mm_loadu_si32(weights));
+}
+
+/* One output of two rows, each in one half of a register, as R, G, B, X in 32 bits. `taps` is a constant where this is
+   inlined. */
+ALWAYS_INLINE __m256i across_both(const uint8_t *one, const uint8_t *other, const int16_t *weights, int taps,
+                                  __m256i half, __m128i precision) {
     /* four pixels of R, G, B, X become pairs of 16 bits: the first two pixels, and the others */
     const __m256i front = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1, 0, -1, 4, -1, 1, -1,
                                            5, -1, 2, -1, 6, -1, 3, -1, 7, -1);
     const __m256i back = _mm256_setr_epi8(8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1, 8, -1, 12, -1,
                                           9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
+    __m256i sum = half;
+    for (int k = 0; k < taps; k += 4) {
+        __m256i pixels = _mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(one + 4 * k))),
+            _mm_loadu_si128((const __m128i *)(other + 4 * k)), 1);
+        __m256i first = _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, front), two_weights(weights + k));
+        __m256i second = _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, back), two_weights(weights + k + 2));
+        sum = _mm256_add_epi32(sum, _mm256_add_epi32(first, second));
+    }
+    return _mm256_sra_epi32(sum, precision);
+}
+
+ALWAYS_INLINE void across(const uint8_t *one, const uint8_t *other, const struct filter *filter, int taps,
+                          uint8_t *one_out, uint8_t *other_out) {
     const __m128i precision = _mm_cvtsi32_si128(filter->precision);
     const __m256i half = _mm256_set1_epi32(1 << (filter->precision - 1));
+    /* R, G, B, X of two pixels become R, G, B, R, G, B */
+    const __m256i tight = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 1, 2, 4, 5, 6,
+                                           -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
     const int16_t *weights = filter->weights;
-    const int taps = filter->taps;
-    for (int i = 0; i < filter->outputs; i++, weights += taps) {
-        ptrdiff_t offset = 4 * (ptrdiff_t)filter->start[i];
-        __m256i sum = half;
-        for (int k = 0; k < taps; k += 4) {
-            __m256i pixels = _mm256_inserti128_si256(
-                _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(one + offset + 4 * k))),
-                _mm_loadu_si128((const __m128i *)(other + offset + 4 * k)), 1);
-            int32_t factors[2];
-            memcpy(factors, weights + k, sizeof factors);
-            sum = _mm256_add_epi32(
-                sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, front), _mm256_set1_epi32(factors[0])));
-            sum = _mm256_add_epi32(
-                sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, back), _mm256_set1_epi32(factors[1])));
-        }
-        sum = _mm256_sra_epi32(sum, precision);
-        sum = _mm256_packus_epi16(_mm256_packs_epi32(sum, sum), sum);
-        uint32_t first = (uint32_t)_mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
-        uint32_t second = (uint32_t)_mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
-        memcpy(one_out + 3 * i, &first, sizeof first); /* the fourth byte is overwritten by the next pixel */
-        memcpy(other_out + 3 * i, &second, sizeof second);
+    for (int i = 0; i < filter->outputs; i += 2, weights += 2 * taps) {
+        int next = i + 1 < filter->outputs; /* of an odd number, the last is done twice */
+        ptrdiff_t first = 4 * (ptrdiff_t)filter->start[i], second = 4 * (ptrdiff_t)filter->start[i + next];
+        __m256i sums = _mm256_packs_epi32(
+            across_both(one + first, other + first, weights, taps, half, precision),
+            across_both(one + second, other + second, weights + next * taps, taps, half, precision));
+        __m256i pixels = _mm256_shuffle_epi8(_mm256_packus_epi16(sums, sums), tight);
+        /* two bytes too many, which the next pixel overwrites */
+        _mm_storel_epi64((__m128i *)(one_out + 3 * i), _mm256_castsi256_si128(pixels));
+        _mm_storel_epi64((__m128i *)(other_out + 3 * i), _mm256_extracti128_si256(pixels, 1));
+    }
+}
+
+static void resample_across_avx2(const uint8_t *one, const uint8_t *other, const struct filter *filter,
+                                 uint8_t *one_out, uint8_t *other_out) {
+    if (filter->taps == 4) { /* scales up to two: most crops */
+        across(one, other, filter, 4, one_out, other_out);
+    } else {
+        across(one, other, filter, filter->taps, one_out, other_out);
     }
 }
 
@@ -188,10 +209,8 @@ ALWAYS_INLINE void down_sixteen(const uint8_t *rows, ptrdiff_t stride, const int
                                 __m128i precision, __m256i half, uint8_t *out) {
     __m256i low = half, high = half;
     for (int k = 0; k < taps; k += 2) {
-        int32_t factors;
-        memcpy(&factors, weights + k, sizeof factors);
         __m256i one = sixteen(rows + k * stride), other = sixteen(rows + (k + 1) * stride);
-        __m256i both = _mm256_set1_epi32(factors);
+        __m256i both = two_weights(weights + k);
         low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(one, other), both));
         high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(one, other), both));
     }
