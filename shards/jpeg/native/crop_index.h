@@ -8,7 +8,6 @@
 #define RECORD_HEADER 32       /* bytes before the entries */
 #define ENTRY_BYTES 8
 #define ENTRY_SPACING 48       /* pixels between entries, as far as MCUs allow */
-#define MAX_RECORD (1u << 28)  /* bytes; one of the largest image allowed has a tenth of that */
 
 #define KIND_NONE 0 /* not a baseline JPEG, or damaged: decoding starts at the top, or is left to others */
 #define KIND_BASELINE 1

@@ -45,7 +45,9 @@ int read_record(struct workspace *workspace, const struct extent *extent, size_t
         offset = offset << 8 | entry[i];
         length = i < 4 ? length << 8 | entry[8 + i] : 0;
     }
-    if (length < RECORD_HEADER || length > MAX_RECORD || offset > INT64_MAX - MAX_RECORD) {
+    /* an entry is for one block at least, and a block takes two bits at least */
+    if (length < RECORD_HEADER || length > RECORD_HEADER + ENTRY_BYTES * (4 * (size_t)extent->size + 1) ||
+        offset > INT64_MAX - length) {
         return 0;
     }
     if (!reserve(&workspace->record, length)) {

@@ -139,6 +139,12 @@ static int read_scan(const uint8_t *body, size_t length, struct frame *frame, co
     return spectral[0] == 0 && spectral[1] == 63 && spectral[2] == 0 ? 0 : STATUS_UNSUPPORTED;
 }
 
+/* A block takes two bits at least: a few bytes that claim millions of pixels shall cost no memory. */
+static int check_size(const struct frame *frame, size_t size) {
+    size_t blocks = (size_t)frame->mcus_across * (size_t)frame->mcus_down * (size_t)frame->blocks_per_mcu;
+    return blocks / 4 <= size - frame->scan_offset ? 0 : STATUS_DAMAGED;
+}
+
 static bool is_ycc(const struct colour_hints *hints) {
     if (hints->jfif) {
         return true;
@@ -194,7 +200,7 @@ int read_header(const uint8_t *data, size_t size, struct frame *frame) {
                 status = STATUS_UNSUPPORTED;
             }
             frame->scan_offset = position;
-            return status;
+            return status ? status : check_size(frame, size);
         } else if (!((marker >= APP0 && marker < APP0 + 16) || marker == COM)) {
             return STATUS_UNSUPPORTED; /* progressive, lossless, arithmetic, hierarchical, DNL, … */
         }

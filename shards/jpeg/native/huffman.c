@@ -14,8 +14,8 @@ static bool build_codes(struct huffman_codes *codes, const struct huffman_spec *
     codes->limit[0] = codes->offset[0] = 0;
     for (int length = 1; length <= 16; length++) {
         int count = spec->bytes[length - 1];
-        if (code + count > 1 << length) {
-            return false;
+        if (count && code + count >= 1 << length) {
+            return false; /* no code is all ones */
         }
         codes->offset[length] = index - code;
         index += count;

@@ -151,7 +151,9 @@ static void colour_avx2(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, 
 
 /* Two weights in every 32 bits. */
 ALWAYS_INLINE __m256i two_weights(const int16_t *weights) {
-    return _mm256_broadcastd_epi32(_mm_loadu_si32(weights));
+    int32_t both;
+    memcpy(&both, weights, sizeof both);
+    return _mm256_set1_epi32(both);
 }
 
 /* One output of two rows, each in one half of a register, as R, G, B, X in 32 bits. `taps` is a constant where this is

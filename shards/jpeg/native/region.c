@@ -152,11 +152,11 @@ static bool add_runs(struct group *group, const struct frame *frame, const struc
     struct entry entry, next;
     read_entry(index, number, &entry);
     read_entry(index, number + 1, &next);
-    const uint8_t *end = image + next.byte + (next.bit ? 1 : 0), *image_end = image + image_size;
-    const uint8_t *from = image + entry.byte;
-    if (next.byte > image_size || entry.byte > next.byte || end > image_end) {
+    if (next.byte + (next.bit ? 1 : 0) > image_size || entry.byte > next.byte) {
         return false;
     }
+    const uint8_t *end = image + next.byte + (next.bit ? 1 : 0), *image_end = image + image_size;
+    const uint8_t *from = image + entry.byte;
     const int interval = frame->restart_interval, total = frame->mcus_across * frame->mcus_down;
     while (mcus) {
         int due = interval ? interval - first_mcu % interval : mcus, chunk = due < mcus ? due : mcus;
@@ -223,13 +223,17 @@ int decode_indexed(struct region *region, const uint8_t *image, size_t image_siz
         int rows = region->last_row - row < rows_at_once ? region->last_row - row : rows_at_once;
         size_t bytes = 0;
         for (int i = 0; i < rows; i++) {
-            struct entry first, last;
-            read_entry(index, (size_t)(row + i) * (size_t)index->runs_across + (size_t)first_run, &first);
-            read_entry(index, (size_t)(row + i) * (size_t)index->runs_across + (size_t)last_run, &last);
-            if (last.byte > image_size || first.byte > last.byte) {
-                return STATUS_STALE;
+            size_t number = (size_t)(row + i) * (size_t)index->runs_across + (size_t)first_run;
+            struct entry entry, next;
+            read_entry(index, number, &entry);
+            bytes -= entry.byte;
+            for (int run = first_run; run < last_run; run++, entry = next) { /* each run must end behind its start */
+                read_entry(index, ++number, &next);
+                if (next.byte > image_size || entry.byte > next.byte) {
+                    return STATUS_STALE;
+                }
             }
-            bytes += last.byte - first.byte + (size_t)most_runs * (RUN_PADDING + 2);
+            bytes += entry.byte + (size_t)most_runs * (RUN_PADDING + 2);
         }
         if (!reserve(&workspace->bytes, bytes) ||
             !reserve(&workspace->runs, (size_t)(rows * most_runs) * sizeof(struct run)) ||

@@ -67,8 +67,8 @@ bool make_filter(int length, int scaled, int first, int outputs, bool reverse, s
             largest = row[k] > largest ? row[k] : largest;
         }
     }
-    int precision = 14;
-    while (precision < MOST_PRECISION && largest * (float)(2 << precision) < INT16_MAX - 64) {
+    int precision = 14; /* the margin below is for what rounding leaves over, which the largest weight takes */
+    while (precision < MOST_PRECISION && largest * (float)(2 << precision) < INT16_MAX - 256) {
         precision++;
     }
     for (int i = 0; i < outputs; i++) {
