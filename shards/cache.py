@@ -33,7 +33,7 @@ from shards.cachefiles import (
     tar_path,
     unlock,
 )
-from shards.cachetables import index_shard, load_table, place
+from shards.cachetables import index_shard, is_extended, load_table, place
 from shards.errors import UserError
 from shards.fetch import Retry, download
 from shards.files import sha256_file, sync_folder
@@ -104,7 +104,10 @@ class ShardCache:
         """
         self._check_size(shard)
         with self._usable():
-            return self._pin(shard, next_use, wait, labels or Labels())
+            pinned = self._pin(shard, next_use, wait, labels or Labels())
+            if pinned is not None and not is_extended(self.folder, shard):
+                self._extend(shard, labels or Labels())
+            return pinned
 
     def add(self, url: str, size: int, labels: Labels) -> tuple[Shard, ShardTable]:
         """Fetch and index a shard that no index describes yet; it may be removed as soon as this returns.
@@ -190,6 +193,15 @@ class ShardCache:
             unlock(descriptor)
             raise
         return Pinned(tar_path(self.folder, shard.sha256), samples, descriptor)
+
+    def _extend(self, shard: Shard, labels: Labels) -> None:
+        """Write the optional sidecars of a shard that came when they could not be made, or was damaged since.
+
+        Without them training is slower and nothing else, so it does not end for them.
+        """
+        with suppress(OSError, UserError), lock(lock_path(self.folder, shard.sha256), 0) as mine:
+            if mine:
+                index_shard(self.folder, shard, labels)
 
     def _pin_tar(self, shard: Shard) -> int | None:
         path = tar_path(self.folder, shard.sha256)

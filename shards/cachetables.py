@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from shards.files import whole_file
 from shards.idx import list_samples
 from shards.labels import Labels
 from shards.manifest import Shard, to_json
-from shards.sidecars import ShardContents, write_sidecars
+from shards.sidecars import Extras, ShardContents, lacks_extras, write_sidecars
 from shards.table import SAMPLE_DTYPE, ShardTable, build_table
 
 
@@ -52,9 +53,14 @@ def index_shard(folder: Path, shard: Shard, labels: Labels) -> ShardTable:
     try:
         samples = list_samples(tar)
         table = build_table(tar, samples, labels)
-        write_sidecars(ShardContents(tar, samples, table, shard.sha256))
+        write_sidecars(ShardContents(tar, samples, table, shard.sha256), extras=Extras.MAKE)
     except UserError as error:
         raise UserError(error.headline.replace(str(tar), place(shard)), *error.details) from error
     with whole_file(table_path(folder, shard.sha256, labels)) as file:
         np.save(file, table.samples, allow_pickle=False)
     return table
+
+
+def is_extended(folder: Path, shard: Shard) -> bool:
+    """Whether nothing can be done about the optional sidecars of a shard that is in the cache."""
+    return not lacks_extras(replace(shard, path=tar_path(folder, shard.sha256)), Extras.MAKE)

@@ -77,6 +77,12 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffle (default: 0)")
         _add_selection(parser)
         _add_reencoding(parser)
+        parser.add_argument(
+            "--no-crop-index",
+            action="store_false",
+            dest="crop_index",
+            help="do not write the .cropindex files, with which training decodes only the part of a JPEG that it shows",
+        )
         _add_workers(parser)
         parser.add_argument(
             "--overwrite", action="store_true", help="replace the data set that is in OUT: all shards that it lists"
@@ -141,6 +147,12 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--classes", metavar="FILE|N", help=f"{CLASSES_HELP} (default: classes.json in DIR, else highest label + 1)"
     )
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every image once and write .cropindex files, with which training decodes only the part of a JPEG "
+        "that it shows (of a URL: always done, if the C extension is there)",
+    )
     parser.add_argument("--rehash", action="store_true", help="hash all shards, also those that seem unchanged")
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="of a URL: recipe.cache.folder (default: in the user's cache folder)"
@@ -162,7 +174,9 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the data set")
     parser.add_argument("--digests", action="store_true", help="read every byte and compare the sha256")
-    parser.add_argument("--decode", action="store_true", help="decode every image")
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every image, and compare .cropindex files with it"
+    )
     parser.add_argument(
         "--duplicates", action="store_true", help="find images with equal bytes, also across splits (remarks)"
     )
@@ -243,6 +257,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> int:
         limit_per_class=arguments.limit_per_class,
         reencoding=Reencoding(arguments.resize_short, arguments.normalize_odd, arguments.quality),
         check_decode=arguments.check_decode,
+        crop_index=arguments.crop_index,
         console=console,
     )
     return 0
@@ -260,6 +275,7 @@ def _index(arguments: argparse.Namespace, console: Console) -> int:
         classes=arguments.classes,
         label=arguments.label,
         rehash=arguments.rehash,
+        decode=arguments.decode,
         workers=arguments.workers,
         console=console,
     )
@@ -268,8 +284,11 @@ def _index(arguments: argparse.Namespace, console: Console) -> int:
 
 def _index_remote(arguments: argparse.Namespace, console: Console) -> int:
     from shards.cache import ShardCache, default_folder
+    from shards.crop_index import require_extension
     from shards.remote_index import index_remote
 
+    if arguments.decode:
+        require_extension()
     if arguments.out is None:
         raise UserError(
             f"{mask(arguments.folder)}: nothing can be written there; where should the index go?",

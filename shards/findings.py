@@ -38,7 +38,8 @@ class Remark:
     """Something that may be meant so."""
 
     kind: str
-    """``missing-classes``, ``label-conflict``, ``leakage``, ``repeated``, or ``duplicates`` for the sum of those."""
+    """``missing-classes``, ``missing-files``, ``label-conflict``, ``leakage``, ``repeated``, or ``duplicates`` for the
+    sum of the last three."""
     what: str
     samples: tuple[Occurrence, ...] = ()
     """Where the same image stands."""

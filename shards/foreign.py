@@ -19,7 +19,9 @@ from typing import Any
 
 from rich.console import Console
 
+from shards import jpeg
 from shards.classes import FROM_LABELS, name_classes, note_first_class, number_found_classes, survey_classes
+from shards.crop_index import report, require_extension
 from shards.errors import UserError
 from shards.files import exclusive, read_file, sha256_file, write_whole
 from shards.idx import format_index, index_path, is_older_than_its_index, list_samples
@@ -41,7 +43,7 @@ from shards.manifest import (
 )
 from shards.pool import run_tasks, usable_cores
 from shards.progress import shard_progress
-from shards.sidecars import ShardContents, write_sidecars
+from shards.sidecars import Extras, ShardContents, write_sidecars
 from shards.table import ShardTable, build_table, hash_key, join, save_cached, split_digest
 
 STATE_FOLDER = ".index"
@@ -52,6 +54,7 @@ STATE_FOLDER = ".index"
 class _Job:
     folder: Path
     labels: Labels
+    extras: Extras
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class _Indexed:
     hashed: bool
     seconds: tuple[float, float, float]
     """Spent on the digest, on headers and labels, and on the sidecars."""
+    removed: int
+    """Optional sidecars of an earlier shard that could not be written again."""
 
 
 def index_folder(
@@ -76,6 +81,7 @@ def index_folder(
     classes: str | None = None,
     label: str | None = None,
     rehash: bool = False,
+    decode: bool = False,
     workers: int | None = None,
     console: Console | None = None,
 ) -> Manifest:
@@ -89,6 +95,8 @@ def index_folder(
         label: rule that says where the labels stand (`labels.RULE_HELP`); by default the one of the index that is
             there, else ``cls``. Recorded in `index.json`.
         rehash: read every byte, also of shards that seem not to have changed since they were indexed.
+        decode: write a crop index beside every shard, which takes a decoding of every image. Without this, those that
+            are there are kept, written again if their shard has changed, and removed if that cannot be done here.
         workers: number of processes, by default one per usable core.
         console: where progress and the summary go; nothing is printed without one.
 
@@ -97,12 +105,15 @@ def index_folder(
 
     Raises:
         UserError: naming tar and key, if a tar is damaged, a sample has no image or no label, a label is
-            outside the classes, or two samples of a split have one key.
+            outside the classes, or two samples of a split have one key; if crop indexes are asked for, and there is no
+            C extension.
     """
     console = console or Console(quiet=True)
     folder = Path(folder)
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    if decode:
+        require_extension()
     earlier = _earlier_manifest(folder)
     known = {shard.path: name for name, shards in earlier.splits.items() for shard in shards} if earlier else {}
     layout = find_shards(folder, known)
@@ -116,7 +127,8 @@ def index_folder(
             (folder / INDEX_NAME).unlink()  # what it says is wrong already; an interruption must not leave it behind
         labels = _choose_labels(folder, layout.tars, earlier, label, classes, workers)
         found = {} if rehash else _found_before(folder, layout.tars, earlier)
-        read = _read_all(_Job(folder, labels), [_Task(tar, found.get(tar)) for tar in layout.tars], workers, console)
+        job = _Job(folder, labels, Extras.MAKE if decode else Extras.MEND)
+        read = _read_all(job, [_Task(tar, found.get(tar)) for tar in layout.tars], workers, console)
         shards = {name: tuple(read[tar].shard for tar in part) for name, part in layout.splits.items()}
         tables = {
             name: join(name, shards[name], [read[tar].table for tar in part]) for name, part in layout.splits.items()
@@ -141,7 +153,12 @@ def index_folder(
         _say(console, "labels", f"{labels.source}" + (", looked up by name among the classes" if by_name else ""))
     if note := note_first_class(names, min(int(table["label"].min()) for table in tables.values())):
         _say(console, "note", note)
-    _say_effort(console, list(read.values()))
+    if removed := sum(indexed.removed for indexed in read.values()):
+        which = f"{removed:,} crop index{'es' if removed > 1 else ''}"
+        _say(console, "note", f"removed {which} of other shards: the C extension {jpeg.unavailable()}")
+    if line := report(shard for part in shards.values() for shard in part)[0]:
+        console.out(line, highlight=False)
+    _say_effort(console, list(read.values()), decode)
     _say(console, "done", f"{len(names):,} classes · check with: shards verify {folder}")
     return manifest
 
@@ -190,7 +207,7 @@ def _index_tar(job: _Job, task: _Task) -> _Indexed:
     samples = samples or list_samples(tar)
     table = build_table(tar, samples, job.labels)
     times.append(time.perf_counter())
-    write_sidecars(ShardContents(tar, samples, table, sha256), scratch)
+    removed = write_sidecars(ShardContents(tar, samples, table, sha256), scratch, job.extras)
     if not (unchanged or is_older_than_its_index(tar)):
         index_path(tar).touch()  # right, but older: from now on its time says that the tar was read after it changed
     if _stamp(tar) != before:
@@ -199,7 +216,8 @@ def _index_tar(job: _Job, task: _Task) -> _Indexed:
     record = {"size": shard.size, "samples": shard.samples, "sha256": sha256}
     write_whole(_record_path(job.folder, tar), to_json(record))
     times.append(time.perf_counter())
-    return _Indexed(shard, table, not unchanged, (times[1] - times[0], times[2] - times[1], times[3] - times[2]))
+    seconds = (times[1] - times[0], times[2] - times[1], times[3] - times[2])
+    return _Indexed(shard, table, not unchanged, seconds, len(removed))
 
 
 def _stamp(tar: Path) -> tuple[int, int]:
@@ -268,13 +286,14 @@ def _say(console: Console, first: str, rest: str) -> None:
     console.out(f"{first:<10}{rest}", highlight=False)
 
 
-def _say_effort(console: Console, read: Sequence[_Indexed]) -> None:
+def _say_effort(console: Console, read: Sequence[_Indexed], decode: bool) -> None:
     """Where the time went, summed over the workers."""
     digests, headers, sidecars = (sum(times) for times in zip(*(indexed.seconds for indexed in read), strict=True))
     unchanged = sum(not indexed.hashed for indexed in read)
     _say(
         console,
         "work",
-        f"digests {digests:,.1f} s · headers and labels {headers:,.1f} s · files written {sidecars:,.1f} s"
+        f"digests {digests:,.1f} s · headers and labels {headers:,.1f} s · "
+        f"{'crop index and other files' if decode else 'files'} written {sidecars:,.1f} s"
         + (f" · {unchanged:,} shards not hashed, unchanged since they were" if unchanged else ""),
     )

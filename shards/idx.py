@@ -171,9 +171,9 @@ def _parse_line(path: Path, number: int, line: str) -> IndexedSample:
 
 
 def _unusable(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: {what}", f"Write it again from the tars: shards index {_data_set(path)}")
+    return UserError(f"{path}: {what}", f"Write it again from the tars: shards index {data_set_of(path)}")
 
 
-def _data_set(path: Path) -> Path:
-    """The folder to index: shards may lie in a folder for each split."""
+def data_set_of(path: Path) -> Path:
+    """The folder to index for a file beside a shard: shards may lie in a folder for each split."""
     return next((folder for folder in path.parents if (folder / "index.json").exists()), path.parent)

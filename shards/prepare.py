@@ -17,9 +17,12 @@ from typing import Any
 
 from rich.console import Console
 
+from shards import jpeg
 from shards.catalog import Catalog, build_catalog, training_split
+from shards.crop_index import report
 from shards.errors import UserError
 from shards.files import exclusive, remove_orphans, sha256_file, write_whole
+from shards.images import ORDINARY_KINDS
 from shards.manifest import (
     CLASSES_NAME,
     INDEX_NAME,
@@ -50,11 +53,11 @@ from shards.pool import run_tasks, usable_cores
 from shards.progress import shard_progress
 from shards.reencode import Reencoding
 from shards.select import Selection, select
-from shards.sidecars import SIDECARS
+from shards.sidecars import SIDECARS, Extras, lacks_extras
 from shards.sources.base import Source
 from shards.table import CACHE_FOLDER, ShardTable, join, save_cached, split_digest
 from shards.tally import IMAGES_KEY, Tally, summary
-from shards.work import Broken, Job, Task, find_written, write_shard
+from shards.work import Broken, Job, Task, find_written, write_extras, write_shard
 
 BROKEN_NAME = "broken.txt"
 """In the state folder: broken images of the last run, one a line."""
@@ -80,6 +83,7 @@ def prepare(
     limit_per_class: int | None = None,
     reencoding: Reencoding | None = None,
     check_decode: bool = False,
+    crop_index: bool = True,
     console: Console | None = None,
 ) -> Manifest:
     """Write a source as shards with index, or finish what an earlier, interrupted call began.
@@ -101,6 +105,7 @@ def prepare(
         reencoding: which images to encode anew; by default all bytes are kept.
         check_decode: decode every image before it is written, to find broken ones; a data set that is complete is
             left to `shards.verify.verify`.
+        crop_index: write a crop index beside every shard, where the C extension is there; no other byte depends on it.
         console: where progress and the summary go; nothing is printed without one.
 
     Returns:
@@ -136,21 +141,25 @@ def prepare(
             elif earlier is not None and earlier != plan:
                 raise other_plan(out, earlier, plan)
             tasks = _make_tasks(out, plan, catalogs, ranges)
+            job = Job(
+                source, out, plan_digest(plan), reencoding, check_decode, Extras.MAKE if crop_index else Extras.DROP
+            )
+            workers = workers or usable_cores()
             complete = (out / INDEX_NAME).exists() and all(task.found for task in tasks)
             if complete:
                 manifest = read_manifest(out)
                 restored = _restore(manifest, selection, source)
-                done = f"wrote {' and '.join(restored)} again:" if restored else "nothing to do:"
+                extended = _restore_extras(job, manifest, workers, console)
+                done = f"wrote {' and '.join(restored)} again:" if restored else "" if extended else "nothing to do:"
                 if check_decode:
                     console.out(f"note      not decoded again: shards verify {out} --decode", highlight=False)
             else:
-                source.stage(out / PREPARE_FOLDER / STAGED_NAME, workers or usable_cores(), console)
-                job = Job(source, out, plan_digest(plan), reencoding, check_decode)
-                manifest = _write_all(job, selection, plan, tasks, workers or usable_cores(), console)
+                source.stage(out / PREPARE_FOLDER / STAGED_NAME, workers, console)
+                manifest = _write_all(job, selection, plan, tasks, workers, console)
                 done = ""
         finally:
             _tidy(out)
-        _say_done(console, manifest, len(selection.classes), done)
+        _say_done(console, manifest, len(selection.classes), done, crop_index)
         return manifest
 
 
@@ -170,6 +179,17 @@ def _restore(manifest: Manifest, selection: Selection, source: Source) -> list[s
         write_whole(manifest.root / INFO_NAME, to_json(timm_info(manifest)), state)
         restored.append(INFO_NAME)
     return restored
+
+
+def _restore_extras(job: Job, manifest: Manifest, workers: int, console: Console) -> bool:
+    """Write the optional sidecars that a complete data set lacks, remove wrong ones; returns whether there were any."""
+    shards = [shard for split in manifest.splits.values() for shard in split if lacks_extras(shard, job.extras)]
+    images = sum(shard.samples for shard in shards)
+    workers = min(workers, max(len(shards), 1))
+    with shard_progress(console, "completing", len(shards), images, workers) as advance:
+        for shard, _ in run_tasks(partial(write_extras, job), shards, workers):
+            advance(shard.samples)
+    return bool(shards)
 
 
 def _write_all(
@@ -326,15 +346,22 @@ def _say_reading(console: Console, source: Source, selection: Selection, catalog
         console.out(f"note      {note}", highlight=False)
 
 
-def _say_done(console: Console, manifest: Manifest, classes: int, before: str = "") -> None:
+def _say_done(console: Console, manifest: Manifest, classes: int, before: str, crop_index: bool) -> None:
     normalized = manifest.record["options"].get("normalize_odd", False)
-    for line in summary(manifest.record.get(IMAGES_KEY, {}), normalized):
+    images = manifest.record.get(IMAGES_KEY, {})
+    for line in summary(images, normalized):
         console.out(line, highlight=False)
+    line, indexed = report(shard for split in manifest.splits.values() for shard in split)
+    reason = jpeg.unavailable()
+    if indexed:  # of pixels from arrays, stored as PNG, there is nothing to say
+        console.out(line, highlight=False)
+    elif crop_index and reason and any(kind in ORDINARY_KINDS for split in images.values() for kind in split["kinds"]):
+        console.out(f"note      no crop index: the C extension {reason}", highlight=False)
     digest = sha256_file(manifest.root / INDEX_NAME)
     shards = sum(map(len, manifest.splits.values()))
-    images = " / ".join(f"{sum(s.samples for s in part):,} {name}" for name, part in manifest.splits.items())
+    counts = " / ".join(f"{sum(s.samples for s in part):,} {name}" for name, part in manifest.splits.items())
     console.out(
-        f"done      {before + ' ' if before else ''}{shards:,} shards · {images} images · {classes:,} classes · "
+        f"done      {before + ' ' if before else ''}{shards:,} shards · {counts} images · {classes:,} classes · "
         f"index.json sha256 {digest[:4]}…{digest[-2:]}",
         highlight=False,
     )

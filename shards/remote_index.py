@@ -24,6 +24,7 @@ from shards.cache import ShardCache
 from shards.cachefiles import tar_path
 from shards.cachetables import load_table, place
 from shards.classes import FROM_LABELS, name_classes, note_first_class, number_found_classes
+from shards.crop_index import report
 from shards.errors import UserError
 from shards.fetch import check_scheme, join_url, list_folder, mask, read_small, size_of
 from shards.files import exclusive, write_whole
@@ -115,6 +116,8 @@ def index_remote(
     for name, shards in manifest.splits.items():
         images, size = sum(shard.samples for shard in shards), sum(shard.size for shard in shards)
         console.out(f"{name:<10}{len(shards):,} shards · {images:,} images · {size / 1e6:,.1f} MB", highlight=False)
+    if line := report(shard for shard, _ in read.values())[0]:
+        console.out(line, highlight=False)
     if note := note_first_class(names, min(int(table.samples["label"].min()) for _, table in read.values())):
         console.out(f"note      {note}", highlight=False)
     console.out(f"done      {len(names):,} classes · train with recipe.data: {out}", highlight=False)

@@ -24,7 +24,7 @@ from shards.labels import Labels
 from shards.manifest import INFO_NAME, Manifest, Shard, info_faults, read_classes, read_manifest
 from shards.pool import run_tasks, usable_cores
 from shards.progress import shard_progress
-from shards.sidecars import SIDECARS, ShardContents
+from shards.sidecars import SIDECARS, ShardContents, partly_missing
 from shards.table import ShardTable, build_table, repeated_keys
 
 _MOST_CLASSES = 1 << 20
@@ -65,7 +65,7 @@ def verify(
     Args:
         root: data set folder.
         digests: read every byte and compare the sha256 with the index.
-        decode: decode every image with Pillow.
+        decode: decode every image with Pillow, and compare crop indexes with the images.
         duplicates: find images of equal bytes in the whole data set; keeps 16 bytes per image in memory.
         workers: number of processes, by default one per usable core.
         console: where progress goes; none is shown without one.
@@ -108,6 +108,7 @@ def verify(
     remarks = [remark for name, counts in histograms.items() for remark in _remark_on_classes(name, counts, names)]
     if duplicates:
         remarks += _remark_on_duplicates(manifest, checked)
+    remarks += [Remark("missing-files", what) for what in partly_missing(root, shards)]
     checks: tuple[str, ...] = ("sizes", "index", "labels", "keys")
     checks += ("digests",) if digests else ()
     checks += ("every image decoded",) if decode else ()
@@ -135,8 +136,9 @@ def _check_shard(job: _Job, shard: Shard) -> _Checked:
     if checked.table is None:  # nothing to compare them with, but they should be there
         for sidecar in SIDECARS:
             path = sidecar.path(shard.path)
-            if not path.is_file():
-                checked.problems.append(Problem(_url(job.root, path), None, "is missing"))
+            if not path.is_file() and (path.exists() or not sidecar.optional):
+                what = "is not a file" if path.exists() else "is missing"
+                checked.problems.append(Problem(_url(job.root, path), None, what))
     return checked
 
 
@@ -161,7 +163,9 @@ def _check_tar(job: _Job, shard: Shard, checked: _Checked) -> None:
     checked.table = table
     contents = ShardContents(shard.path, samples, table, shard.sha256)
     for sidecar in SIDECARS:
-        fault = sidecar.fault(contents)
+        if sidecar.optional and not sidecar.path(shard.path).exists():
+            continue
+        fault = sidecar.content_fault(contents) if job.decode else sidecar.fault(contents)
         if fault is not None:
             problems.append(Problem(_url(job.root, sidecar.path(shard.path)), None, fault))
     _check_samples(job, shard, samples, checked)

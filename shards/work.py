@@ -20,7 +20,7 @@ from shards.idx import IndexedSample, list_samples
 from shards.images import describe_image
 from shards.manifest import INDEX_NAME, PREPARE_FOLDER, Shard, read_manifest, to_json
 from shards.reencode import Reencoding, decode
-from shards.sidecars import SIDECARS, ShardContents, write_sidecars
+from shards.sidecars import SIDECARS, Extras, ShardContents, write_sidecars
 from shards.sources.base import Entry, Source
 from shards.table import ShardTable, build_table
 from shards.tally import IMAGES_KEY, Tally
@@ -60,6 +60,8 @@ class Job:
     reencoding: Reencoding
     check_decode: bool
     """Whether to decode every image, to find broken ones."""
+    extras: Extras = Extras.MAKE
+    """What to do about optional sidecars."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def write_shard(job: Job, task: Task) -> Written | Broken:
         broken = _undecodable(tar, samples, table) if job.check_decode else ()
         if broken:
             return Broken(broken)
-        write_sidecars(ShardContents(tar, samples, table, task.found.shard.sha256), state)
+        write_sidecars(ShardContents(tar, samples, table, task.found.shard.sha256), state, job.extras)
         return Written(task.found.shard, table, task.found.images)
     tally = Tally()
     try:
@@ -109,11 +111,28 @@ def write_shard(job: Job, task: Task) -> Written | Broken:
     except _BrokenImagesError as error:
         return Broken(error.args)
     table = writer.table()
-    write_sidecars(ShardContents(tar, writer.samples, table, sha256), state)
+    write_sidecars(ShardContents(tar, writer.samples, table, sha256), state, job.extras)
     shard = Shard(tar, task.stop - task.start, writer.size, sha256)
     record = {"plan": job.plan_digest, "samples": shard.samples, "size": shard.size, "sha256": sha256}
     write_whole(state / f"{task.name}.json", to_json(record | {IMAGES_KEY: tally.record()}), state)
     return Written(shard, table, tally.record())
+
+
+def write_extras(job: Job, shard: Shard) -> None:
+    """Write the optional sidecars of a shard that is done, or remove those that do not belong to it.
+
+    Raises:
+        UserError: if the tar is no longer what the index says.
+    """
+    if sha256_file(shard.path) != shard.sha256:
+        raise UserError(
+            f"{shard.path}: is not the shard that {INDEX_NAME} describes",
+            f"See what else differs with: shards verify {job.out} --digests",
+            "Then remove the tar and run the same command again: it writes the shard anew.",
+        )
+    samples = list_samples(shard.path)
+    contents = ShardContents(shard.path, samples, build_table(shard.path, samples), shard.sha256)
+    write_sidecars(contents, job.out / PREPARE_FOLDER, job.extras)
 
 
 def _images(job: Job, task: Task, tally: Tally) -> Iterator[tuple[Entry, bytes, str]]:
@@ -157,7 +176,7 @@ def _undecodable(tar: Path, samples: list[IndexedSample], table: ShardTable) -> 
 
 
 def find_written(out: Path, digest: str) -> dict[str, Found]:
-    """Shards of a plan that earlier runs finished and whose tar is there in full size, with its sidecar files."""
+    """Shards of a plan that earlier runs finished and whose tar is there in full size, with the files it needs."""
     shards: dict[str, Found] = {}
     if (out / INDEX_NAME).exists():
         manifest = read_manifest(out)
@@ -179,7 +198,7 @@ def find_written(out: Path, digest: str) -> dict[str, Found]:
 def _is_there(shard: Shard) -> bool:
     try:
         return shard.path.stat().st_size == shard.size and all(
-            sidecar.path(shard.path).exists() for sidecar in SIDECARS
+            sidecar.optional or sidecar.path(shard.path).exists() for sidecar in SIDECARS
         )
     except OSError:
         return False

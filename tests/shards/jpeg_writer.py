@@ -14,7 +14,7 @@ ZIGZAG = sorted(range(64), key=lambda n: (n // 8 + n % 8, (n // 8 if (n // 8 + n
 """Zigzag position → natural position."""
 
 DC_SYMBOLS = tuple(range(12))
-AC_SYMBOLS = tuple(run << 4 | size for size in range(1, 11) for run in range(16)) + (0x00, 0xF0)
+AC_SYMBOLS = (*(run << 4 | size for size in range(1, 11) for run in range(16)), 0x00, 0xF0)
 
 
 def huffman_code(symbols: tuple[int, ...], lengths: dict[int, int]) -> tuple[bytes, dict[int, tuple[int, int]]]:

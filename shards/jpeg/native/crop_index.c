@@ -2,18 +2,13 @@
 
 #include "crop_index.h"
 
+#include "checksum.h"
 #include "walk.h"
 #include "workspace.h"
 
 #include <string.h>
 
-static uint32_t read32(const uint8_t *bytes) {
-    return bytes[0] | (uint32_t)bytes[1] << 8 | (uint32_t)bytes[2] << 16 | (uint32_t)bytes[3] << 24;
-}
-
 static unsigned read16(const uint8_t *bytes) { return (unsigned)(bytes[0] | bytes[1] << 8); }
-
-static uint64_t read64(const uint8_t *bytes) { return read32(bytes) | (uint64_t)read32(bytes + 4) << 32; }
 
 static void write32(uint8_t *bytes, uint32_t value) {
     for (int i = 0; i < 4; i++) {
@@ -26,55 +21,25 @@ static void write64(uint8_t *bytes, uint64_t value) {
     write32(bytes + 4, (uint32_t)(value >> 32));
 }
 
-/* CRC-32 as zlib and PNG have it, eight bytes at a time (Kounavis and Berry, "slicing-by-8"). */
-static uint32_t crc_table[8][256];
-
-__attribute__((constructor)) static void make_crc_table(void) {
-    for (uint32_t i = 0; i < 256; i++) {
-        uint32_t crc = i;
-        for (int bit = 0; bit < 8; bit++) {
-            crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320u : 0);
-        }
-        crc_table[0][i] = crc;
-    }
-    for (uint32_t i = 0; i < 256; i++) {
-        for (int k = 1; k < 8; k++) {
-            crc_table[k][i] = crc_table[k - 1][i] >> 8 ^ crc_table[0][crc_table[k - 1][i] & 255];
-        }
-    }
-}
-
-uint32_t crc32_of(const uint8_t *bytes, size_t size) {
-    uint32_t crc = ~0u;
-    for (; size >= 8; size -= 8, bytes += 8) {
-        uint32_t low = read32(bytes) ^ crc, high = read32(bytes + 4);
-        crc = crc_table[7][low & 255] ^ crc_table[6][low >> 8 & 255] ^ crc_table[5][low >> 16 & 255] ^
-              crc_table[4][low >> 24] ^ crc_table[3][high & 255] ^ crc_table[2][high >> 8 & 255] ^
-              crc_table[1][high >> 16 & 255] ^ crc_table[0][high >> 24];
-    }
-    for (; size; size--, bytes++) {
-        crc = crc >> 8 ^ crc_table[0][(crc ^ *bytes) & 255];
-    }
-    return ~crc;
-}
-
 int mcus_per_run(const struct frame *frame) {
     int mcus = (ENTRY_SPACING + frame->mcu_width / 2) / frame->mcu_width;
     return mcus < 1 ? 1 : mcus;
 }
 
-static bool is_of(const uint8_t *record, size_t record_size, uint32_t row, size_t image_size) {
+static bool is_of(const uint8_t *record, size_t record_size, uint32_t row, const uint8_t *image, size_t image_size) {
     return record_size >= RECORD_HEADER && read32(record) == crc32_of(record + 4, record_size - 4) &&
-           read32(record + 4) == row && read32(record + 8) == image_size;
+           read32(record + 4) == row && read32(record + 8) == image_size &&
+           read32(record + 12) == (uint32_t)xxh64_of(image, image_size);
 }
 
-bool is_record_without_entries(const uint8_t *record, size_t record_size, uint32_t row, size_t image_size) {
-    return is_of(record, record_size, row, image_size) && record[20] == KIND_NONE;
+bool is_record_without_entries(const uint8_t *record, size_t record_size, uint32_t row, const uint8_t *image,
+                               size_t image_size) {
+    return is_of(record, record_size, row, image, image_size) && record[20] == KIND_NONE;
 }
 
-bool open_record(const uint8_t *record, size_t record_size, uint32_t row, size_t image_size, const struct frame *frame,
-                 struct crop_index *index) {
-    if (!is_of(record, record_size, row, image_size) || record[20] != KIND_BASELINE ||
+bool open_record(const uint8_t *record, size_t record_size, uint32_t row, const uint8_t *image, size_t image_size,
+                 const struct frame *frame, struct crop_index *index) {
+    if (!is_of(record, record_size, row, image, image_size) || record[20] != KIND_BASELINE ||
         record[21] != frame->components || read16(record + 16) != (unsigned)frame->width ||
         read16(record + 18) != (unsigned)frame->height || read32(record + 24) != frame->scan_offset) {
         return false;
@@ -164,7 +129,7 @@ const uint8_t *build_record(struct workspace *workspace, const uint8_t *image, s
     memset(record, 0, RECORD_HEADER);
     write32(record + 4, row);
     write32(record + 8, (uint32_t)image_size);
-    write32(record + 12, crc32_of(image, image_size));
+    write32(record + 12, (uint32_t)xxh64_of(image, image_size));
     if (entries) {
         write32(record + 16, (uint32_t)frame.width | (uint32_t)frame.height << 16);
         write32(record + 20, KIND_BASELINE | (uint32_t)frame.components << 8 | (uint32_t)mcus_per_run(&frame) << 16);

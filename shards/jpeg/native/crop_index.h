@@ -27,15 +27,14 @@ struct crop_index {
     int runs_across; /* runs of a row of MCUs */
 };
 
-uint32_t crc32_of(const uint8_t *bytes, size_t size);
+/* Check a record: its checksum, that it belongs to this row of the shard and to an image of these very bytes, and that
+   its entries are as many as the image calls for. False: it must not be used. `frame` is the image's header. */
+bool open_record(const uint8_t *record, size_t record_size, uint32_t row, const uint8_t *image, size_t image_size,
+                 const struct frame *frame, struct crop_index *index);
 
-/* Check a record: its checksum, that it belongs to this row of the shard and to this image, and that its entries are
-   as many as the image calls for. False: it must not be used. `frame` is the image's header. */
-bool open_record(const uint8_t *record, size_t record_size, uint32_t row, size_t image_size, const struct frame *frame,
-                 struct crop_index *index);
-
-/* Whether a record says that its image has no entries; false also for a damaged record. */
-bool is_record_without_entries(const uint8_t *record, size_t record_size, uint32_t row, size_t image_size);
+/* Whether a record says that its image has no entries; false also for a record that must not be used. */
+bool is_record_without_entries(const uint8_t *record, size_t record_size, uint32_t row, const uint8_t *image,
+                               size_t image_size);
 
 /* The state before run `number`; the state at the end of the scan for the number of runs. */
 void read_entry(const struct crop_index *index, size_t number, struct entry *entry);

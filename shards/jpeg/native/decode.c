@@ -86,7 +86,7 @@ enum status decode_view(struct workspace *workspace, const uint8_t *image, size_
     region.bottom += view.top;
 
     bool is_stale = false, is_decoded = false;
-    if (record && open_record(record, record_size, row, image_size, &frame, &index)) {
+    if (record && open_record(record, record_size, row, image, image_size, &frame, &index)) {
         status = decode_indexed(&region, image, image_size, &index);
         if (status == STATUS_NO_MEMORY) {
             return STATUS_NO_MEMORY;
@@ -94,7 +94,7 @@ enum status decode_view(struct workspace *workspace, const uint8_t *image, size_
         is_decoded = status == 0;
         is_stale = !is_decoded;
     } else if (record) {
-        is_stale = !is_record_without_entries(record, record_size, row, image_size);
+        is_stale = !is_record_without_entries(record, record_size, row, image, image_size);
     }
     if (!is_decoded) {
         status = decode_plain(&region, image, image_size);

@@ -178,7 +178,7 @@ static PyObject *pixels(PyObject *module, PyObject *args) {
             region.right = left + width;
             region.bottom = top + height;
             if (record.len) {
-                status = open_record(record.buf, (size_t)record.len, row, (size_t)image.len, &frame, &index)
+                status = open_record(record.buf, (size_t)record.len, row, image.buf, (size_t)image.len, &frame, &index)
                              ? decode_indexed(&region, image.buf, (size_t)image.len, &index)
                              : STATUS_STALE;
             } else {
