@@ -4,7 +4,7 @@
 #   ./run.sh                      the demo: prepare shards, train, evaluate, report
 #   ./run.sh test [pytest args]   the tests
 #   ./run.sh train CONFIG …       train, e.g. ./run.sh train ds_configs/imagenet_8k.json --hostfile hosts
-#   ./run.sh plan|evaluate|report|audit …        the other onehour commands
+#   ./run.sh plan|evaluate|report|audit|doctor … the other onehour commands
 #   ./run.sh shards prepare|verify|index …       the shard tool
 #   ./run.sh setup                only what every command does first, where it is not done yet: make .venv
 #   ./run.sh help                 this text

@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline import checkpoint, config, model, resume
 from pipeline.dataset import open_split
-from pipeline.decode import PillowDecoder
+from pipeline.decode import make_decoder
 from pipeline.evaluate import Result, evaluate
 from pipeline.loader import Loader, default_threads, evaluation_requests
 from pipeline.readers import evaluation_reader, reads_in_sequence
@@ -44,17 +44,17 @@ def run(args: argparse.Namespace) -> int:
             "Name a configuration that you trust with --config FILE, or the folder of the shards with --data DIR.",
         )
     split = open_split(recipe, recipe.evaluation.split)
-    network = model.create(recipe.model, len(split.classes), recipe.seed, recipe.transform.size)
+    network = model.create(recipe.model, len(split.classes), recipe.seed, (recipe.transform.size,))
     checkpoint.load_weights(weights, network)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, and it is not fp32
     micro = recipe.evaluation.micro_batch_size or 64
-    requests = evaluation_requests(len(split), micro, 0, 1, contiguous=reads_in_sequence(split))
+    requests = evaluation_requests(len(split), micro, recipe.transform.size, 0, 1, contiguous=reads_in_sequence(split))
     with (
         contextlib.closing(evaluation_reader(split, recipe, rank=0, world_size=1)) as reader,
         Loader(
             reader,
-            PillowDecoder(recipe.transform, recipe.seed),
+            make_decoder(recipe.transform, recipe.seed, recipe.loader.decoder),
             requests,
             threads=default_threads(1),
             prefetch=recipe.loader.prefetch,

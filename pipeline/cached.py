@@ -7,66 +7,32 @@ room it does not: a later window would take what an earlier one waits for, and t
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from pipeline.reader import Encoded
+import numpy as np
+
+from pipeline.pins import NO_WINDOW, Held, Wanted
+from pipeline.reader import MOST_OPEN, NO_INDEX, NOT_OPEN, Encoded, Located, raise_open_files
 from pipeline.window import Block
 from shards.cache import Pinned, ShardCache
+from shards.crop_index import open_index
 from shards.errors import UserError
+from shards.jpeg import EXTENT_DTYPE
 from shards.remote import RemoteSplit
 
 DOWNLOADS = 4
 """At a time and rank, of what is fetched ahead: a single connection seldom fills the line."""
 
-NO_WINDOW = -1
-"""Instead of the last position that needs a shard: an order without windows may come back to it at any time."""
-
-MOST_OPEN = 4096
-"""Shards kept open without a window that needs them, as far as the limit of open files allows."""
+FILES_OF_A_SHARD = 2
+"""The tar and its crop index."""
 
 _SECONDS_BEFORE_RETRY = 0.2
 _SECONDS_TO_CLOSE = 3.0
-
-
-@dataclass
-class _Held:
-    """A pinned shard."""
-
-    pinned: Pinned
-    needed_from: int
-    """First position whose window has samples of it, or NO_WINDOW."""
-    needed_until: int
-    """The last one, or NO_WINDOW."""
-    users: int = 0
-    """Reads that are under way."""
-
-    def is_behind(self, position: int) -> bool:
-        return not self.users and NO_WINDOW < self.needed_until < position
-
-
-@dataclass
-class _Wanted:
-    """A shard to pin."""
-
-    shard: int
-    needed_from: int
-    needed_until: int
-    is_demanded: bool = False
-    """A read waits for it."""
-    not_before: float = 0.0
-    """When to try again."""
-    is_elsewhere: bool = False
-    """The last try found another process fetching it, and not the cache full."""
-
-    def is_behind(self, position: int) -> bool:
-        return NO_WINDOW < self.needed_until < position
 
 
 class CachedReader:
@@ -102,13 +68,13 @@ class CachedReader:
         self._position = self._expected = start
         self._next_use = next_use
         self._demanded: list[int] = []
-        self._upcoming: list[_Wanted] = []
+        self._upcoming: list[Wanted] = []
         self._arriving: set[int] = set()
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._failure: Exception | None = None
         self._closed = False
-        self._most_idle = min(MOST_OPEN, _raise_open_files() // 4)
+        self._most_idle = min(MOST_OPEN, raise_open_files() // 4) // FILES_OF_A_SHARD
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._fetch, args=(number == 0,), name=f"fetch-{number}", daemon=True)
@@ -136,6 +102,31 @@ class CachedReader:
             )
         return Encoded(data, int(record["label"]))
 
+    @contextmanager
+    def extents(self, samples: np.ndarray) -> Iterator[Located]:
+        """See `reader.Reader.extents`; waits until each shard has been there, one that has gone again is not open."""
+        shards = np.searchsorted(self.split.first, samples, side="right") - 1
+        rows = samples - self.split.first[shards]
+        found = np.zeros(len(samples), EXTENT_DTYPE)
+        found["descriptor"], found["index_descriptor"], found["row"] = NOT_OPEN, NO_INDEX, rows
+        labels = np.zeros(len(samples), np.int64)
+        held = self._hold_present(np.unique(shards).tolist())
+        try:
+            for shard, hold in held.items():
+                here = np.flatnonzero(shards == shard)
+                records = hold.pinned.samples[rows[here]]
+                found["offset"][here] = records["offset"]
+                found["size"][here] = records["size"]
+                found["descriptor"][here] = hold.pinned.descriptor
+                found["index_descriptor"][here] = hold.index
+                labels[here] = records["label"]
+            yield Located(found, labels)
+        finally:
+            with self._changed:
+                for shard, hold in held.items():
+                    hold.users -= 1
+                    self._settle(shard, hold)
+
     def expect(self, position: int) -> None:
         """Have fetched what is read soon, though it may lie beyond the lookahead."""
         with self._changed:
@@ -147,7 +138,7 @@ class CachedReader:
         with self._changed:
             self._position = position
             for shard in [s for s, held in self._held.items() if held.is_behind(position)]:
-                self._held.pop(shard).pinned.close()
+                self._held.pop(shard).close()
             self._changed.notify_all()
 
     def next_use(self, digest: str) -> int | None:
@@ -177,38 +168,57 @@ class CachedReader:
             thread.join(max(0.0, deadline - time.monotonic()))
         with self._changed:
             for held in self._held.values():
-                held.pinned.close()
+                held.close()
             self._held.clear()
 
-    def _hold(self, shard: int) -> _Held:
+    def _hold(self, shard: int) -> Held:
         with self._changed:
             while shard not in self._held:
-                if self._failure is not None:
-                    raise self._failure
-                if self._closed:
-                    raise RuntimeError("the reader was closed while it waited for a shard")
-                if shard not in self._demanded:
-                    self._demanded.append(shard)
-                    self._changed.notify_all()
-                self._changed.wait()
-            held = self._held[shard]
-            held.users += 1
-            self._idle.pop(shard, None)
-            return held
+                self._wait_for([shard])
+            return self._use(shard)
 
-    def _let_go(self, shard: int, held: _Held) -> None:
+    def _hold_present(self, shards: Sequence[int]) -> dict[int, Held]:
+        """Hold several shards, as far as they are there at once after each of them was.
+
+        Nothing is held while this waits: what it held could be the room that the rest waits for.
+        """
+        with self._changed:
+            waiting = set(shards)
+            while waiting := waiting - self._held.keys():
+                self._wait_for(sorted(waiting))
+            return {shard: self._use(shard) for shard in shards if shard in self._held}
+
+    def _wait_for(self, shards: Sequence[int]) -> None:
+        """Ask for shards that are not there, and wait until something has changed; the lock is held."""
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise RuntimeError("the reader was closed while it waited for a shard")
+        new = [shard for shard in shards if shard not in self._demanded]
+        if new:
+            self._demanded += new
+            self._changed.notify_all()
+        self._changed.wait()
+
+    def _use(self, shard: int) -> Held:
+        held = self._held[shard]
+        held.users += 1
+        self._idle.pop(shard, None)
+        return held
+
+    def _let_go(self, shard: int, held: Held) -> None:
         with self._changed:
             held.users -= 1
             self._settle(shard, held)
 
-    def _settle(self, shard: int, held: _Held) -> None:
+    def _settle(self, shard: int, held: Held) -> None:
         """Keep what nobody uses and no window needs open as long as there is room for it."""
         if held.users or held.needed_until != NO_WINDOW:
             return
         self._idle[shard] = None
         while len(self._idle) > self._most_idle:
             oldest, _ = self._idle.popitem(last=False)
-            self._held.pop(oldest).pinned.close()
+            self._held.pop(oldest).close()
 
     def _fetch(self, demands_only: bool) -> None:
         while True:
@@ -218,18 +228,25 @@ class CachedReader:
                 if self._closed or wanted is None:
                     return
                 self._arriving.add(wanted.shard)
-            pinned = None
+            pinned, index = None, NO_INDEX
             try:
                 pinned = self._pin(wanted)
+                if pinned is not None:
+                    shard = self.split.shards[wanted.shard]
+                    opened = open_index(pinned.path, shard.sha256, shard.samples)
+                    index = NO_INDEX if opened is None else opened
             except Exception as error:  # raised by whoever waits for an image: nobody else would hear of it
                 self._failure = self._failure or error
+                if pinned is not None:
+                    pinned.close()
+                    pinned = None
             with self._changed:
                 self._arriving.discard(wanted.shard)
                 if pinned is not None:
-                    self._take(wanted.shard, pinned)
+                    self._take(wanted.shard, Held(pinned, index))
                 self._changed.notify_all()
 
-    def _pin(self, wanted: _Wanted) -> Pinned | None:
+    def _pin(self, wanted: Wanted) -> Pinned | None:
         pinned = self.split.pin(self._cache, wanted.shard, self.next_use, wait=False)
         if pinned is not None:
             return pinned
@@ -246,31 +263,29 @@ class CachedReader:
         with self._changed:
             for shard, held in list(self._held.items()):
                 if held.needed_from > self._expected and not held.users:
-                    self._held.pop(shard).pinned.close()
+                    self._held.pop(shard).close()
                     self._idle.pop(shard, None)
-                    self._upcoming.append(_Wanted(shard, held.needed_from, held.needed_until))
+                    self._upcoming.append(Wanted(shard, held.needed_from, held.needed_until))
             self._upcoming.sort(key=lambda wanted: wanted.needed_from)
 
-    def _take(self, shard: int, pinned: Pinned) -> None:
+    def _take(self, shard: int, held: Held) -> None:
         if self._closed:
-            pinned.close()
+            held.close()
             return
         if shard in self._demanded:
             self._demanded.remove(shard)
         windows = [wanted for wanted in self._upcoming if wanted.shard == shard]
         self._upcoming = [wanted for wanted in self._upcoming if wanted.shard != shard]
-        self._held[shard] = _Held(
-            pinned,
-            needed_from=min((wanted.needed_from for wanted in windows), default=NO_WINDOW),
-            needed_until=max((wanted.needed_until for wanted in windows), default=NO_WINDOW),
-        )
-        self._settle(shard, self._held[shard])
+        held.needed_from = min((wanted.needed_from for wanted in windows), default=NO_WINDOW)
+        held.needed_until = max((wanted.needed_until for wanted in windows), default=NO_WINDOW)
+        self._held[shard] = held
+        self._settle(shard, held)
 
-    def _next_wanted(self, demands_only: bool) -> _Wanted | None:
+    def _next_wanted(self, demands_only: bool) -> Wanted | None:
         """What a thread should pin now; None if there is nothing, or nothing that may go before its turn."""
         for shard in self._demanded:
             if shard not in self._arriving:
-                return _Wanted(shard, self._expected, NO_WINDOW, is_demanded=True)
+                return Wanted(shard, self._expected, NO_WINDOW, is_demanded=True)
         if demands_only:
             return None
         self._look_ahead()
@@ -295,14 +310,5 @@ class CachedReader:
                     self._idle.pop(shard, None)
                     self._held[shard].needed_until = max(self._held[shard].needed_until, block.last)
                 elif shard not in self._held:
-                    self._upcoming.append(_Wanted(shard, block.first, block.last))
+                    self._upcoming.append(Wanted(shard, block.first, block.last))
             self._next_block = next(self._blocks, None)
-
-
-def _raise_open_files() -> int:
-    """Allow this process as many open files as it may allow itself; returns the number."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return hard
-    return soft

@@ -1,4 +1,4 @@
-"""The `onehour` command: plan, train, evaluate, report, audit."""
+"""The `onehour` command: plan, train, evaluate, report, audit, doctor."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return assess.run(args)
         if args.command == "audit":
             return _audit(args)
+        if args.command == "doctor":
+            from pipeline import doctor
+
+            return doctor.run(args)
         from pipeline import report
 
         return report.run(args)
@@ -77,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
 
     audit = commands.add_parser("audit", help="prove from a run's record that every image was used once per epoch")
     audit.add_argument("run", type=Path, help="a run trained with recipe.logging.record_samples")
+
+    doctor = commands.add_parser(
+        "doctor", help="what this host decodes with, and whether a configuration's data is fine"
+    )
+    add_config_arguments(doctor, required=False)
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
     return parser
 
 
@@ -106,10 +116,10 @@ def _plan(args: argparse.Namespace) -> int:
 
         recipe = experiment.recipe
         rows = model.describe(
-            model.create(recipe.model, classes, recipe.seed, size=recipe.transform.size),
+            model.create(recipe.model, classes, recipe.seed, recipe.transform.sizes),
             weight_decay=experiment.blocks.optimizer.params.get("weight_decay", 0),
             micro=resolved.batch.micro,
-            size=recipe.transform.size,
+            size=max(recipe.transform.sizes),
             precision=experiment.precision,
         )
     if args.json:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import hjson
 from pydantic import BaseModel, ValidationError
@@ -182,4 +182,6 @@ def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     for part in location:
         field = getattr(current, "model_fields", {}).get(part)
         current = field.annotation if field is not None else None
+        for choice in get_args(current):  # of a section that may be absent
+            current = choice if hasattr(choice, "model_fields") else current
     return list(getattr(current, "model_fields", {}))

@@ -8,6 +8,7 @@ by network into a cache on the host (`shards.remote`), and shards that can only 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pipeline.order import Order, SampleStream
 from pipeline.schema import Recipe
 from pipeline.window import WindowOrder, WindowThenUniform, windows_of
 from shards.cache import default_folder
+from shards.crop_index import open_index
 from shards.errors import UserError
 from shards.fetch import is_remote
 from shards.index import Split, load_split
@@ -65,6 +67,23 @@ def shard_samples(split: AnySplit) -> list[int]:
 def shard_bytes(split: AnySplit) -> int | None:
     """The size of all tars in bytes; None where the index does not say."""
     return None if isinstance(split, StreamSplit) else sum(shard.size for shard in split.shards)
+
+
+def crop_indexes(split: AnySplit) -> int | None:
+    """How many shards have a crop index beside them; None for shards that are not here.
+
+    Raises:
+        UserError: one is damaged, or belongs to another shard.
+    """
+    if not isinstance(split, Split):
+        return None
+    found = 0
+    for shard in split.shards:
+        descriptor = open_index(shard.path, shard.sha256, shard.samples)
+        if descriptor is not None:
+            os.close(descriptor)
+            found += 1
+    return found
 
 
 def choose_order(config: Config, batch: Batch, train: AnySplit, validation: AnySplit) -> SampleStream:

@@ -1,96 +1,129 @@
-"""Encoded image → `size` × `size` RGB bytes, written into a slot of a batch.
+"""Encoded images → `size` × `size` RGB bytes, written into the slots of a batch by the best rung that takes them.
 
-One rung for now: Pillow decodes, torchvision cuts and resizes. A faster one has the same two methods; the views come
-from `augment`, so every rung shows the same part of every image.
+The views come from `augment`, so every rung shows the same part of every image; their pixels differ by rounding alone.
+What a rung refuses goes to the next one, image by image; the last is Pillow, whose word is final.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
-from pipeline.augment import Augmentation
-from pipeline.schema import Transform
+from pipeline.decode_native import NativeDecoder
+from pipeline.decode_pillow import DecodeError, PillowDecoder
+from pipeline.decode_simplejpeg import SimpleJpegDecoder
+from pipeline.image_augment import image_augmentation
+from pipeline.rungs import RefusedError, Rung, ladder
+from pipeline.schema import DecoderChoice, Transform
+from pipeline.tally import Tally
+from shards.jpeg import Status
 
-# What does not concern the pixels: damaged EXIF tags, of which ImageNet has a few (the TIFF module reads them for every
-# format), a second picture in one file, and transparency, which RGB does not have. Filtered once for the process:
-# warnings.catch_warnings is not safe in threads. Pillow's warning of a decompression bomb stays visible.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin$")
-warnings.filterwarnings("ignore", "Image appears to be a malformed MPO", UserWarning, r"PIL\.JpegImagePlugin$")
-warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning, r"PIL\.Image$")
+__all__ = ["DecodeError", "Decoder", "PillowDecoder", "make_decoder"]
 
 
-class DecodeError(Exception):
-    """The bytes are not an image that can be decoded; the message says what is wrong with them."""
-
-
-class PillowDecoder:
-    """Decodes anything that Pillow reads; grayscale, CMYK and palettes become RGB, EXIF rotation is not applied.
-
-    (torchvision's loaders do not rotate either, and published accuracies depend on that.)
-
-    Args:
-        transform: sizes and ranges.
-        seed: the run's seed, which keys the training views.
-    """
-
-    name = "Pillow"
-
-    def __init__(self, transform: Transform, seed: int) -> None:
-        self.transform = transform
-        self.augmentation = Augmentation(transform, seed)
+class ImageDecoder(Protocol):
+    """One rung, for single images in memory; see `decode_pillow.PillowDecoder`."""
 
     def train(self, data: bytes, out: np.ndarray, epoch: int, sample: int) -> None:
-        """Decode the training view of a sample.
+        """Decode the training view of a sample into `out`; may raise `RefusedError`."""
+
+    def evaluate(self, data: bytes, out: np.ndarray) -> None:
+        """Decode for evaluation into `out`; may raise `RefusedError`."""
+
+
+_MAKERS: dict[Rung, Callable[[Transform, int], ImageDecoder]] = {
+    "native": NativeDecoder,
+    "simplejpeg": SimpleJpegDecoder,
+    "pillow": PillowDecoder,
+}
+
+
+class Decoder:
+    """A ladder of rungs; safe to share between threads.
+
+    Args:
+        transform: ranges of the views; the size is that of the slot that is written.
+        seed: the run's seed, which keys the training views.
+        rungs: the live one first; the last must be "pillow".
+    """
+
+    def __init__(self, transform: Transform, seed: int, rungs: Sequence[Rung]) -> None:
+        self.transform = transform
+        self.rungs = tuple(rungs)
+        self._decoders = [_MAKERS[rung](transform, seed) for rung in self.rungs]
+        self._augmentation = image_augmentation(transform, seed)
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether `files` can be used."""
+        return isinstance(self._decoders[0], NativeDecoder)
+
+    def files(
+        self, extents: np.ndarray, out: np.ndarray, epochs: np.ndarray | None, samples: np.ndarray, tally: Tally
+    ) -> np.ndarray:
+        """Read and decode images without Python, as far as that goes.
+
+        Args:
+            extents: shards.jpeg.EXTENT_DTYPE [n]: where the images lie.
+            out: uint8 [n, size, size, 3], contiguous, written in place.
+            epochs: int64 [n], with `samples` the keys of training views; None for evaluation.
+            samples: int64 [n].
+            tally: counts what was decoded.
+
+        Returns:
+            The slots that are left to `image`, ascending: not read, or refused.
+        """
+        (native, *_) = self._decoders
+        assert isinstance(native, NativeDecoder), "there is no rung that reads files"
+        status = native.files(extents, out, epochs, samples)
+        left = np.flatnonzero(status < 0)
+        if self._augmentation is not None and epochs is not None:
+            for slot in np.flatnonzero(status >= 0).tolist():
+                self._augmentation.apply(out[slot], int(epochs[slot]), int(samples[slot]))
+        tally.add("native", len(status) - len(left))
+        tally.add("indexed", int(np.count_nonzero(status == Status.INDEXED)))
+        tally.add("stale", int(np.count_nonzero(status == Status.STALE)))
+        return left
+
+    def image(self, data: bytes, out: np.ndarray, epoch: int | None, sample: int, tally: Tally) -> None:
+        """Decode one image in memory.
 
         Args:
             data: the encoded image.
-            out: uint8 of shape (size, size, 3), written in place.
-            epoch, sample: the keys of the view.
+            out: uint8 [size, size, 3], contiguous, written in place.
+            epoch: with `sample` the keys of a training view; None for evaluation.
+            sample: id.
+            tally: counts who decoded it, and who refused it.
 
         Raises:
             DecodeError: not an image, or a damaged one.
         """
-        image = _decode(data)
-        size, padding = self.transform.size, self.transform.padding
-        view = self.augmentation.view(image.width, image.height, epoch, sample)
-        if self.transform.crop == "padded":
-            whole = F.resize(image, [size, size], InterpolationMode.BILINEAR, antialias=True)
-            padded = F.pad(whole, [padding] * 4)
-            image = F.crop(padded, view.top + padding, view.left + padding, size, size)
-        else:
-            image = F.resized_crop(
-                image,
-                view.top,
-                view.left,
-                view.height,
-                view.width,
-                [size, size],
-                InterpolationMode.BILINEAR,
-                antialias=True,
-            )
-        if view.flip:
-            image = F.horizontal_flip(image)
-        out[...] = np.asarray(image)
-
-    def evaluate(self, data: bytes, out: np.ndarray) -> None:
-        """Decode for evaluation: short side to `evaluation_resize`, centre crop of `size` (fb.resnet.torch).
-
-        Raises:
-            DecodeError: not an image, or a damaged one.
-        """
-        image = _decode(data)
-        image = F.resize(image, [self.transform.evaluation_resize], InterpolationMode.BILINEAR, antialias=True)
-        out[...] = np.asarray(F.center_crop(image, [self.transform.size] * 2))
+        for rung, decoder in zip(self.rungs, self._decoders, strict=True):
+            try:
+                if epoch is None:
+                    decoder.evaluate(data, out)
+                else:
+                    decoder.train(data, out, epoch, sample)
+            except RefusedError as refused:
+                tally.add(f"{rung}_{refused.reason}")
+            else:
+                tally.add(rung)
+                break
+        if self._augmentation is not None and epoch is not None:
+            self._augmentation.apply(out, epoch, sample)
 
 
-def _decode(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DecodeError(f"cannot be decoded ({len(data):,} bytes): {error}") from None
+def make_decoder(transform: Transform, seed: int, choice: DecoderChoice = "auto") -> Decoder:
+    """The ladder of a run.
+
+    Args:
+        transform: ranges of the views.
+        seed: the run's seed.
+        choice: the best rung to use, or "auto" for the best that is there.
+
+    Raises:
+        UserError: the rung that is asked for is not there; it says how to get it.
+    """
+    return Decoder(transform, seed, ladder(choice))

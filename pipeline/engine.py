@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,6 +32,7 @@ from deepspeed.runtime import lr_schedules
 
 from pipeline import hosts
 from pipeline.loader import MicroBatch
+from pipeline.mixing import KeyedMixup
 from pipeline.model import LogicalWorkerStatistics, Normalise, parameter_groups
 from pipeline.plan import Plan
 from pipeline.schedule import GradualWarmupLR
@@ -147,6 +149,8 @@ class Engine:
         self._statistics = LogicalWorkerStatistics(self.model, plan.batch.accumulation)
         transform = plan.config.recipe.transform
         self._normalise = Normalise(transform.mean, transform.std, world.device)
+        recipe = plan.config.recipe
+        self._mixup = KeyedMixup(recipe.mixing, self.model.num_classes, recipe.seed) if recipe.mixing else None
         self._overflows = OverflowCounter(self.optimizer, world.device)
         self._lr_used = float("nan")
         self._stochastic = is_stochastic(self.model)
@@ -173,7 +177,7 @@ class Engine:
         """uint8 images (n, 3, size, size) on any device → logits (n, classes), in the run's precision."""
         return self._engine(self._normalise(images))
 
-    def update(self, micro_batches: Iterator[MicroBatch], samples: int) -> tuple[torch.Tensor, list[MicroBatch]]:
+    def update(self, micro_batches: Iterator[MicroBatch], samples: int) -> tuple[torch.Tensor, list[np.ndarray]]:
         """One update from k/W micro-batches of this rank.
 
         The loss is the mean over each micro-batch; DeepSpeed divides by accumulation and ranks, so the gradient is
@@ -185,23 +189,27 @@ class Engine:
 
         Returns:
             float64 sums (loss, correct, images) over this rank's micro-batches, on the device and not waited for;
-            and the micro-batches.
+            and the sample ids of each.
         """
         self.scheduler.seek(samples)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        used = []
+        ids = []
         self._engine.train()
         with self._statistics.update():
             for index in range(self.plan.batch.accumulation):
                 batch = next(micro_batches)
-                used.append(batch)
+                ids.append(batch.ids)  # and not the batch: its memory is for the next one
                 self._statistics.micro_step(index)
+                worker = self.world.rank * self.plan.batch.accumulation + index
+                number = samples // self.plan.batch.train
                 if self._stochastic:
-                    worker = self.world.rank * self.plan.batch.accumulation + index
-                    seed_worker(self.plan.config.recipe.seed, samples // self.plan.batch.train, worker)
+                    seed_worker(self.plan.config.recipe.seed, number, worker)
                 labels = batch.labels.to(self.world.device, non_blocking=True)
-                logits = self.forward(batch.images).float()
-                loss = F.cross_entropy(logits, labels)
+                images, targets = self._normalise(batch.images), labels
+                if self._mixup is not None:
+                    images, targets = self._mixup(images, labels, number, worker)
+                logits = self._engine(images).float()
+                loss = F.cross_entropy(logits, targets)
                 with torch.no_grad():
                     count = len(labels)
                     correct = (logits.argmax(dim=1) == labels).sum()
@@ -212,7 +220,7 @@ class Engine:
                 self._overflows.attempts += self._engine.is_gradient_accumulation_boundary()
                 self._lr_used = self.optimizer.param_groups[0]["lr"]
                 self._engine.step()
-        return sums, used
+        return sums, ids
 
     def evaluation_mode(self) -> None:
         """Use running statistics; the next `update` goes back to training."""

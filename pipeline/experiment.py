@@ -20,10 +20,13 @@ MONITOR_PACKAGES = {
 """Section of the configuration → the module that it needs, and what pip calls it."""
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, *, positional: bool = True, required: bool = True) -> None:
     """Add CONFIG, `--set`, `--data` and `--run`."""
     if positional:
-        parser.add_argument("config", help="a DeepSpeed JSON file with a recipe section, e.g. ds_configs/demo.json")
+        number = None if required else "?"
+        parser.add_argument(
+            "config", nargs=number, help="a DeepSpeed JSON file with a recipe section, e.g. ds_configs/demo.json"
+        )
     parser.add_argument(
         "--set",
         action="append",

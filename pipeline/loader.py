@@ -1,12 +1,15 @@
 """Positions → batches: threads read and decode ahead of the training, in an order that timing cannot change.
 
 A request names the samples of one micro-batch; the loader answers the requests in their order, at most `prefetch`
-ahead. Threads suffice because decoding releases the interpreter's lock; they start at once and share the index.
+ahead. Threads suffice because decoding releases the interpreter's lock; they start at once and share the index. A task
+is a slice of a micro-batch: what Python does for it, it does once for all of its images where the decoder reads files.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +20,16 @@ import numpy as np
 import torch
 
 from pipeline.batch import Batch
-from pipeline.decode import DecodeError, PillowDecoder
+from pipeline.decode import DecodeError, Decoder
 from pipeline.order import SampleStream, micro_batch_positions
 from pipeline.reader import Reader
+from pipeline.schema import Transform
+from pipeline.slabs import Slab, SlabRing
+from pipeline.tally import Tally
 from shards.errors import UserError
 
-SAMPLES_PER_TASK = 4  # a task's overhead, some 30 µs, is shared by this many decodes of a millisecond or more
+SMALLEST_SLICE, LARGEST_SLICE = 4, 32
+"""Images of a task: enough to share its overhead of some 100 µs, and few enough to end soon when the loader closes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Request:
         weights: float32 of shape (n,), 0 for a filler that only completes the shape.
         first, last: positions, in the stream that the reader reads, between which the samples lie; they ascend from
             request to request.
+        size: width and height of the images, in pixels.
     """
 
     ids: np.ndarray
@@ -42,6 +50,7 @@ class Request:
     weights: np.ndarray
     first: int
     last: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,15 @@ class MicroBatch:
 
 
 def training_requests(
-    order: SampleStream, batch: Batch, rank: int, first_update: int, updates: int
+    order: SampleStream, batch: Batch, transform: Transform, rank: int, first_update: int, updates: int
 ) -> Iterator[Request]:
-    """The micro-batches of one rank, from update `first_update` (0-based) to the end of the run."""
+    """The micro-batches of one rank, from update `first_update` (0-based) to the end of the run.
+
+    All images of an update have one size, that of the epoch in which it begins.
+    """
     weights = np.ones(batch.micro, dtype=np.float32)
     for update in range(first_update, updates):
+        size = transform.training_size(update * batch.train / order.samples)
         for micro_step in range(batch.accumulation):
             start, stop = micro_batch_positions(
                 update,
@@ -77,11 +90,11 @@ def training_requests(
                 world_size=batch.world_size,
             )
             positions = np.arange(start, stop, dtype=np.int64)
-            yield Request(order.at(positions), order.epochs(positions), weights, start, stop - 1)
+            yield Request(order.at(positions), order.epochs(positions), weights, start, stop - 1, size)
 
 
 def evaluation_requests(
-    samples: int, micro: int, rank: int, world_size: int, *, contiguous: bool = False
+    samples: int, micro: int, size: int, rank: int, world_size: int, *, contiguous: bool = False
 ) -> Iterator[Request]:
     """A rank's share of the ids below `samples`, in micro-batches of one shape; fillers have weight 0.
 
@@ -95,7 +108,7 @@ def evaluation_requests(
         chosen = ids[start : start + micro]
         weights = np.zeros(micro, dtype=np.float32)
         weights[: len(chosen)] = 1
-        yield Request(np.resize(chosen, micro), None, weights, int(chosen[0]), int(chosen[-1]))
+        yield Request(np.resize(chosen, micro), None, weights, int(chosen[0]), int(chosen[-1]), size)
 
 
 def evaluation_range(samples: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -106,7 +119,8 @@ def evaluation_range(samples: int, rank: int, world_size: int) -> tuple[int, int
 class Loader:
     """Iterates over the micro-batches that `requests` names.
 
-    Use it as a context manager, or call `close`: both end the threads at once, whatever is in flight.
+    Use it as a context manager, or call `close`: both end the threads at once, whatever is in flight. A micro-batch is
+    its consumer's for as long as anything refers to it.
 
     Args:
         reader: the split's images.
@@ -114,7 +128,7 @@ class Loader:
         requests: what to load, in order.
         threads: decoding threads.
         prefetch: micro-batches loaded ahead of the one being used.
-        pin: allocate in pinned memory, for copies to a GPU that overlap with its work.
+        pin: allocate in pinned memory, for copies to a GPU that overlap with its work; see `slabs.SlabRing`.
 
     Raises:
         UserError: while iterating, when a sample of the micro-batch asked for cannot be read or decoded; it names
@@ -124,7 +138,7 @@ class Loader:
     def __init__(
         self,
         reader: Reader,
-        decoder: PillowDecoder,
+        decoder: Decoder,
         requests: Iterable[Request],
         *,
         threads: int,
@@ -134,10 +148,13 @@ class Loader:
         self.reader = reader
         self.decoder = decoder
         self.prefetch = prefetch
-        self.pin = pin
+        self._tally = Tally()
         self._requests = iter(requests)
+        self._threads = threads
+        self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._pending: deque[tuple[Request, torch.Tensor, torch.Tensor, list[Future[None]]]] = deque()
+        self._ring = SlabRing(prefetch + 2, pin=pin)
+        self._pending: deque[_Pending] = deque()
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -146,13 +163,14 @@ class Loader:
         self._submit_ahead()
         if not self._pending:
             raise StopIteration
-        request, images, labels, tasks = self._pending.popleft()
-        for task in tasks:
-            task.result()
+        pending = self._pending.popleft()
+        for task in pending.tasks:
+            self._tally += task.result()
+        request = pending.request
         self.reader.passed(request.first)
         return MicroBatch(
-            images=images.permute(0, 3, 1, 2),
-            labels=labels,
+            images=self._ring.hand_out(pending.slab),
+            labels=torch.from_numpy(pending.labels),
             weights=torch.from_numpy(request.weights),
             ids=request.ids,
         )
@@ -167,10 +185,16 @@ class Loader:
 
     def close(self) -> None:
         """Drop what is loaded ahead and end the threads, and reads that wait; a decode under way is waited for."""
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.reader.interrupt()
         self._pool.shutdown(wait=True)
         self._pending.clear()
+
+    def take_tally(self) -> Tally:
+        """What decoded the images handed out since the last call; the same for any number of threads."""
+        taken, self._tally = self._tally, Tally()
+        return taken
 
     def _submit_ahead(self) -> None:
         while len(self._pending) <= self.prefetch:
@@ -178,26 +202,56 @@ class Loader:
             if request is None:
                 return
             self.reader.expect(request.last)
-            size = self.decoder.transform.size
-            images = torch.empty((len(request.ids), size, size, 3), dtype=torch.uint8, pin_memory=self.pin)
-            labels = torch.empty(len(request.ids), dtype=torch.int64)
+            count, size = len(request.ids), request.size
+            slab, labels = self._ring.take((count, size, size, 3)), np.empty(count, dtype=np.int64)
             tasks = [
-                self._pool.submit(self._load, request, images.numpy(), labels.numpy(), start)
-                for start in range(0, len(request.ids), SAMPLES_PER_TASK)
+                self._pool.submit(self._load, request, slab.pixels[part], labels[part], part)
+                for part in slices(count, self._threads)
             ]
-            self._pending.append((request, images, labels, tasks))
+            self._pending.append(_Pending(request, slab, labels, tasks))
 
-    def _load(self, request: Request, pixels: np.ndarray, labels: np.ndarray, start: int) -> None:
-        for slot in range(start, min(start + SAMPLES_PER_TASK, len(request.ids))):
-            sample = int(request.ids[slot])
+    def _load(self, request: Request, pixels: np.ndarray, labels: np.ndarray, part: slice) -> Tally:
+        """Read and decode a slice of a micro-batch, and say who decoded what."""
+        tally = Tally()
+        ids = request.ids[part]
+        epochs = request.epochs[part] if request.epochs is not None else None
+        for slot in self._load_files(ids, epochs, pixels, labels, tally):
+            if self._closed.is_set():
+                break
+            sample = int(ids[slot])
             image, labels[slot] = self.reader.read(sample)
             try:
-                if request.epochs is None:
-                    self.decoder.evaluate(image, pixels[slot])
-                else:
-                    self.decoder.train(image, pixels[slot], int(request.epochs[slot]), sample)
+                self.decoder.image(image, pixels[slot], None if epochs is None else int(epochs[slot]), sample, tally)
             except DecodeError as error:
                 raise UserError(f"{self.reader.describe(sample)}: the image {error}", self.reader.mend()) from None
+        return tally
+
+    def _load_files(
+        self, ids: np.ndarray, epochs: np.ndarray | None, pixels: np.ndarray, labels: np.ndarray, tally: Tally
+    ) -> Iterable[int]:
+        """Load what decoder and reader can without Python for each image; returns the slots that are left."""
+        located = self.reader.extents(ids) if self.decoder.reads_files else None
+        if located is None:
+            return range(len(ids))
+        with located as found:
+            labels[...] = found.labels
+            return self.decoder.files(found.extents, pixels, epochs, ids, tally).tolist()
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A micro-batch being loaded."""
+
+    request: Request
+    slab: Slab
+    labels: np.ndarray
+    tasks: list[Future[Tally]]
+
+
+def slices(count: int, threads: int) -> list[slice]:
+    """Parts of a micro-batch of `count` images, for tasks: about two for each thread, within the limits above."""
+    length = min(LARGEST_SLICE, max(SMALLEST_SLICE, math.ceil(count / (2 * threads))))
+    return [slice(start, min(start + length, count)) for start in range(0, count, length)]
 
 
 def default_threads(local_ranks: int) -> int:

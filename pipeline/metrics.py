@@ -6,11 +6,13 @@ samples / train_samples. A number that was not finite is null.
 
     start       config overrides model train_samples val_samples epochs seed world_size train_batch_size micro_batch
                 logical_workers accumulation reference_lr reference_batch peak_lr steps_per_epoch steps order
-                precision index_digest run device host plan versions resumed_from
+                decoder precision index_digest run device host plan versions resumed_from
     resume      samples path world_size
     train       step samples epoch loss [top1] lr images_per_second data_wait skipped_steps step_seconds
     epoch       epoch samples images loss [top1] seconds images_per_second data_wait
     evaluation  epoch samples top1 top5 loss images seconds
+    decode      samples split images, and those of tally.FIELDS that are not 0: what decoded the images of an epoch
+                or an evaluation, of all ranks, with those that only fill its last micro-batches
     checkpoint  samples path seconds
     skip        step skipped loss_scale: updates withheld by an overflow since the last report
     warning     kind message …

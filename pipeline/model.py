@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -48,7 +48,7 @@ NORMALISATION: tuple[type[nn.Module], ...] = tuple(
 it) and of types (NFNet's NormFreeBlock)."""
 
 
-def create(recipe: schema.Model, classes: int, seed: int, size: int | None = None) -> nn.Module:
+def create(recipe: schema.Model, classes: int, seed: int, sizes: Sequence[int] = ()) -> nn.Module:
     """Build a timm model; residual networks get the paper's initialisation (§5.1).
 
     He initialisation with fan-out for convolutions, γ = 1 except γ = 0 in each residual block's last BN
@@ -58,7 +58,7 @@ def create(recipe: schema.Model, classes: int, seed: int, size: int | None = Non
         recipe: name and arguments.
         classes: number of classes of the data set.
         seed: every rank builds the same weights from it.
-        size: of the training images (recipe.transform.size), which the model must take; None: not checked.
+        sizes: of the images (recipe.transform.sizes), which the model must take.
 
     Raises:
         UserError: no such model, arguments it does not take, or images it does not take.
@@ -87,7 +87,7 @@ def create(recipe: schema.Model, classes: int, seed: int, size: int | None = Non
         raise UserError(
             f"recipe.model.zero_init_last is for residual networks; {recipe.name} has its own initialisation"
         )
-    if size is not None:
+    for size in sizes:
         _check_takes(model, recipe, arguments["num_classes"], size)
     return model
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import socket
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
+from pipeline import rungs
 from pipeline.engine import Engine
 from pipeline.evaluate import Result
 from pipeline.metrics import FILE_NAME, MetricsWriter
 from pipeline.plan import Plan, format_page
 from pipeline.sums import Window
-
-RECORDED_PACKAGES = ("onehour", "torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow")
+from pipeline.tally import Tally
+from pipeline.versions import versions
 
 
 class Monitor:
@@ -156,6 +156,19 @@ class Monitor:
         self.engine.write_events({"Validation/top1": result.top1, "Validation/top5": result.top5}, samples)
         return f"val {result.top1:.2f} % top-1  {result.top5:.2f} % top-5  ({result.images:,} images)"
 
+    def decoding(self, *, samples: int, split: str, tally: Tally) -> None:
+        """Record who decoded the images of an epoch, or of an evaluation, of all ranks; warn of what was not normal."""
+        self._metrics.write("decode", samples=samples, split=split, images=tally.images, **tally.figures())
+        fallen = tally.fallen(self.plan.rungs or rungs.RUNGS)
+        if fallen and "decode" not in self._seen:
+            self.warn("decode", f"{split}: {fallen}")
+        if tally["stale"] and "crop index" not in self._seen:
+            self.warn(
+                "crop index",
+                f"{split}: {tally['stale']:,} images have a crop index record that is damaged or another image's; they "
+                "were decoded from the top. Check the shards: shards verify DIR",
+            )
+
     def checkpoint(self, *, samples: int, folder: Path, seconds: float) -> str:
         """Record a save; returns its part of the line."""
         self._metrics.write("checkpoint", samples=samples, path=folder, seconds=seconds)
@@ -201,14 +214,3 @@ def _device_name(engine: Engine) -> str:
     world = engine.world
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "CPU"
     return f"{world.size} × {name}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
-    found = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -10,13 +10,15 @@ from typing import Any
 from rich import filesize
 
 from pipeline import batch as batch_sizes
-from pipeline import dataset
+from pipeline import dataset, rungs
 from pipeline.batch import Batch
 from pipeline.config import Config
 from pipeline.dataset import AnySplit
 from pipeline.order import Order, SampleStream
+from pipeline.rungs import Rung
 from pipeline.schedule import Schedule, exact
 from pipeline.window import WindowThenUniform
+from shards.errors import UserError
 from shards.fetch import mask
 from shards.remote import RemoteSplit
 
@@ -41,6 +43,8 @@ class Plan:
         shards: shard counts of both splits, and bytes of the tars where the index says; or None likewise.
         residence: what a host that had all streams would need in its cache; None where nothing is cached in windows.
         digest: digest of the training split's index, or None likewise.
+        rungs: the decoders of this host that the run uses, the live one first; or None likewise.
+        crop_indexes: training shards that have a crop index; None where the shards are not files of this host.
     """
 
     config: Config
@@ -52,6 +56,8 @@ class Plan:
     shards: dict[str, int | None] | None = None
     residence: dataset.Residence | None = None
     digest: str | None = None
+    rungs: tuple[Rung, ...] | None = None
+    crop_indexes: int | None = None
 
     @property
     def steps_per_epoch(self) -> Fraction:
@@ -101,6 +107,7 @@ class Plan:
                 for epoch in self.schedule.milestones
             ],
             "order": self.order.name,
+            "decoder": self.rungs[0] if self.rungs else None,
             "precision": self.config.precision,
             "index_digest": self.digest,
             "run": str(self.config.run_folder),
@@ -156,6 +163,7 @@ class Plan:
             ("precision", self._precision_line()),
             ("order", f"{self.order.name}, seed {recipe.seed}: every image once per epoch, any number of ranks"),
             *([] if isinstance(self.order, Order) else [("", self._locality_line())]),
+            *self._augmentation_rows(),
             ("data", self._data_line()),
             (
                 "saves",
@@ -234,6 +242,27 @@ class Plan:
         least = min(self.residence.total, self.shards["bytes"])
         return f"{text} · cache: {filesize.decimal(least)} at once if one host has all ranks"
 
+    def _augmentation_rows(self) -> list[tuple[str, str]]:
+        """What is done to images beyond the paper's crop and flip."""
+        recipe = self.config.recipe
+        transform, parts = recipe.transform, []
+        if transform.auto_augment is not None:
+            section = transform.auto_augment
+            strength = f" {section.operations} × {section.magnitude}" if section.kind == "rand" else ""
+            parts.append(f"{section.kind.capitalize()}Augment{strength}")
+        if transform.color_jitter is not None:
+            parts.append("colour jitter")
+        if transform.random_erasing is not None:
+            parts.append(f"erasing in {transform.random_erasing.probability:.0%} of images")
+        if recipe.mixing is not None:
+            alphas = (("mixup", recipe.mixing.mixup_alpha), ("CutMix", recipe.mixing.cutmix_alpha))
+            parts += [f"{name} α = {alpha:g}" for name, alpha in alphas if alpha]
+        rows = [("augment", f"{' · '.join(parts)} · not in the paper's recipe")] if parts else []
+        if transform.progressive:
+            steps = " → ".join(f"{part.size} from epoch {part.from_epoch:g}" for part in transform.progressive)
+            rows.append(("size", f"{steps} · evaluation {transform.size}"))
+        return rows
+
     def _data_line(self) -> str:
         if self.shards is None or self.digest is None:
             return f"{self.config.recipe.data} was not read: sizes are as given, the order is that of local shards"
@@ -242,8 +271,19 @@ class Plan:
         return (
             f"{mask(recipe.data)}: {self.shards['train']:,} shards, "
             f"{f'{filesize.decimal(size)}, ' if size is not None else ''}index {self.digest[:4]}…{self.digest[-2:]} · "
-            f"decode: Pillow · {recipe.evaluation.split} on {self.val_samples:,} exactly"
+            f"decode: {self._decode_text()} · {recipe.evaluation.split} on {self.val_samples:,} exactly"
         )
+
+    def _decode_text(self) -> str:
+        assert self.rungs is not None and self.shards is not None
+        live = self.rungs[0]
+        text = rungs.describe(live)
+        if self.config.recipe.loader.decoder == "auto" and live != rungs.RUNGS[0]:
+            text += " (why no faster one: onehour doctor)"
+        if live != "native" or not self.crop_indexes:
+            return text
+        everywhere = self.crop_indexes == self.shards["train"]
+        return f"{text} · crop index" + f" for {self.crop_indexes:,} shards" * (not everywhere)
 
 
 def resolve(
@@ -263,9 +303,14 @@ def resolve(
         samples: N when no data set is at hand (`onehour plan --samples`).
 
     Raises:
-        UserError: the batch sizes do not divide over the ranks.
+        UserError: the batch sizes do not divide over the ranks, or the decoder that is asked for is not there.
     """
     batch = batch_sizes.resolve(config, world_size)
+    if config.recipe.mixing is not None and batch.micro % 2:
+        raise UserError(
+            f"{config.path}: recipe.mixing pairs the images of a micro-batch, and {batch.micro} is odd",
+            "Choose an even train_micro_batch_size_per_gpu.",
+        )
     if samples is None:
         assert train is not None, "a plan needs a training split or a number of samples"
         samples = len(train)
@@ -279,6 +324,11 @@ def resolve(
     if train is None or validation is None:
         return Plan(config, batch, schedule, Order(samples, config.recipe.seed), samples)
     order = dataset.choose_order(config, batch, train, validation)
+    ladder = rungs.ladder(config.recipe.loader.decoder)
+    crop_indexes = None
+    if ladder[0] == "native":
+        dataset.crop_indexes(validation)  # the first evaluation must not be what finds a damaged one
+        crop_indexes = dataset.crop_indexes(train)
     sizes = dataset.shard_bytes(train), dataset.shard_bytes(validation)
     return Plan(
         config,
@@ -296,6 +346,8 @@ def resolve(
         if isinstance(train, RemoteSplit) and isinstance(validation, RemoteSplit)
         else None,
         digest=train.digest,
+        rungs=ladder,
+        crop_indexes=crop_indexes,
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from itertools import chain, takewhile
 
 from pipeline.batch import Batch
-from pipeline.cached import NO_WINDOW, CachedReader
+from pipeline.cached import CachedReader
 from pipeline.dataset import AnySplit, cache_folder, capacity
 from pipeline.loader import evaluation_range
 from pipeline.order import SampleStream
+from pipeline.pins import NO_WINDOW
 from pipeline.reader import Reader, ShardReader
 from pipeline.schema import Recipe
 from pipeline.stream import StreamReader

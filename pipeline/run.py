@@ -16,18 +16,20 @@ from torch import nn
 
 from pipeline import checkpoint, model, report, resume
 from pipeline.dataset import AnySplit
-from pipeline.decode import PillowDecoder
+from pipeline.decode import make_decoder
 from pipeline.engine import Engine, World
 from pipeline.evaluate import Result, evaluate
 from pipeline.loader import Loader, MicroBatch, default_threads, evaluation_requests, training_requests
-from pipeline.monitor import Monitor, versions
+from pipeline.monitor import Monitor
 from pipeline.plan import Plan
 from pipeline.reader import Reader
 from pipeline.readers import evaluation_reader, reads_in_sequence, training_reader
 from pipeline.record import RunRecord
 from pipeline.resume import Checkpoint
 from pipeline.samples import SampleWriter
-from pipeline.sums import StepSums, Window
+from pipeline.sums import StepSums, Window, over_ranks
+from pipeline.tally import Tally
+from pipeline.versions import versions
 from shards.errors import UserError
 from shards.files import exclusive
 
@@ -65,6 +67,7 @@ class Prepared:
         return {
             "configuration": hashlib.sha256(configuration.encode()).hexdigest()[:12],
             "order": self.plan.order.name,  # it depends on where a host's shards lie
+            "decoders (name one that every host has: recipe.loader.decoder)": " → ".join(self.plan.rungs or ()),
             "training shards": self.train_split.digest[:12],
             "validation shards": self.validation_split.digest[:12],
             "checkpoint": f"step {self.saved.step}" if self.saved is not None else "none",
@@ -89,7 +92,7 @@ class Run:
         self.folder = plan.config.run_folder
         self.classes = len(prepared.train_split.classes)
         self.samples, self.step = (saved.samples, saved.step) if saved is not None else (0, 0)
-        self.decoder = PillowDecoder(recipe.transform, recipe.seed)
+        self.decoder = make_decoder(recipe.transform, recipe.seed, recipe.loader.decoder)
         self.threads = recipe.loader.threads or default_threads(world.local_size)
         self.monitor: Monitor | None = None
         self._open = contextlib.ExitStack()
@@ -101,7 +104,7 @@ class Run:
                 prepared.network,
                 weight_decay=plan.config.blocks.optimizer.params.get("weight_decay", 0),
                 micro=plan.batch.micro,
-                size=recipe.transform.size,
+                size=max(recipe.transform.sizes),
                 precision=plan.config.precision,
             )
         self.engine = Engine(prepared.network, plan, world)
@@ -137,7 +140,7 @@ class Run:
     def _train(self) -> None:
         recipe = self.plan.config.recipe
         plan, world = self.plan, self.world
-        requests = training_requests(plan.order, plan.batch, world.rank, self.step, plan.steps)
+        requests = training_requests(plan.order, plan.batch, recipe.transform, world.rank, self.step, plan.steps)
         reader = self._training_reader = training_reader(
             self.train_split,
             recipe,
@@ -155,9 +158,9 @@ class Run:
         with contextlib.closing(reader), self._loader(reader, requests) as loader:
             batches = _Waiting(loader)
             while self.step < self.plan.steps:
-                sums, used = self.engine.update(batches, self.samples)
+                sums, ids = self.engine.update(batches, self.samples)
                 if record is not None:
-                    record.write(self.step, self.engine.lr_used, [batch.ids for batch in used])
+                    record.write(self.step, self.engine.lr_used, ids)
                 before = self.samples
                 self.step += 1
                 self.samples += self.plan.batch.train
@@ -171,6 +174,7 @@ class Run:
                     self._report_steps(recent, whole_epoch.window)
                     recent = StepSums(self.world.device)
                 if ended or last:
+                    self._report_decoding(self.train_split.name, loader.take_tally())
                     self._end_epoch(whole_epoch, before, ended)
                     whole_epoch = StepSums(self.world.device)
                 elif self._save_due(before):
@@ -220,6 +224,12 @@ class Run:
         if self.plan.config.precision != "float16" and not math.isfinite(loss):
             raise self._divergence(f"the loss is {loss} at update {self.step:,}")
 
+    def _report_decoding(self, split: str, tally: Tally) -> None:
+        """Record who decoded the images since the last report, over all ranks; every rank calls it."""
+        total = Tally(over_ranks(tally.counts, self.world.device))
+        if self.monitor is not None:
+            self.monitor.decoding(samples=self.samples, split=split, tally=total)
+
     def _divergence(self, what: str) -> DivergenceError:
         return DivergenceError(
             f"{what} (epoch {self.plan.epoch(self.samples):.2f})",
@@ -253,12 +263,16 @@ class Run:
         micro = recipe.evaluation.micro_batch_size or self.plan.batch.micro
         model.average_statistics(self.engine.model)
         self.engine.evaluation_mode()
-        requests = evaluation_requests(images, micro, world.rank, world.size, contiguous=reads_in_sequence(split))
+        requests = evaluation_requests(
+            images, micro, recipe.transform.size, world.rank, world.size, contiguous=reads_in_sequence(split)
+        )
         reader = evaluation_reader(
             split, recipe, rank=world.rank, world_size=world.size, training=self._training_reader
         )
         with contextlib.closing(reader), self._loader(reader, requests) as batches:
-            return evaluate(self.engine.forward, batches, images=images, device=world.device)
+            result = evaluate(self.engine.forward, batches, images=images, device=world.device)
+            self._report_decoding(split.name, batches.take_tally())
+        return result
 
     def _save(self) -> str:
         """Write a checkpoint; every rank calls it, rank 0 writes."""

@@ -6,12 +6,19 @@ The file is a DeepSpeed config plus one section of ours, `recipe`; DeepSpeed's p
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.augment_schema import AutoAugment, ColorJitter, Mixing, RandomErasing, Resolution
+from pipeline.section import Section, lists_to_tuples
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+DecoderChoice = Literal["auto", "native", "simplejpeg", "pillow"]
+"""What `recipe.loader.decoder` may say; see `pipeline.rungs`."""
 
 REFUSED_MODEL_ARGS = {
     "pretrained": "training starts from the recipe's initialisation, not from weights",
@@ -20,14 +27,11 @@ REFUSED_MODEL_ARGS = {
 }
 """Arguments of timm.create_model that the rest of the trainer does not follow, and why."""
 
+LONGEST_SIDE = 32_767
+"""Pixels that an image may be scaled to."""
+
 CROP_OWN_KEYS = {"padding": "padded", "scale": "resized", "ratio": "resized"}
 """Keys of `recipe.transform` that one way of cropping alone reads."""
-
-
-class Section(BaseModel):
-    """A strictly typed section: unknown keys, and numbers written as strings, are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ScheduleParams(Section):
@@ -78,14 +82,22 @@ class Transform(Section):
     evaluation_resize: int = Field(256, gt=0, description="short side before the centre crop of `size`")
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    progressive: tuple[Resolution, ...] = Field((), description="training sizes by epoch; evaluation keeps `size`")
+    color_jitter: ColorJitter | None = None
+    auto_augment: AutoAugment | None = None
+    random_erasing: RandomErasing | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, values: Any) -> Any:
-        # JSON has no tuples, and strict mode takes nothing else for one
-        if isinstance(values, dict):
-            return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return values
+    _tuples = model_validator(mode="before")(lists_to_tuples)
+
+    def training_size(self, epoch: float) -> int:
+        """Pixels of an update that begins in `epoch`, counted from 0 with its fraction."""
+        begun = [resolution.size for resolution in self.progressive if resolution.from_epoch <= epoch]
+        return begun[-1] if begun else self.size
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every size that the model meets, ascending."""
+        return tuple(sorted({self.size, *(resolution.size for resolution in self.progressive)}))
 
     @model_validator(mode="after")
     def _ordered(self) -> Transform:
@@ -95,13 +107,25 @@ class Transform(Section):
             raise ValueError("ratio must be two aspect ratios (width / height), 0 < low ≤ high")
         if self.evaluation_resize < self.size:
             raise ValueError(f"evaluation_resize {self.evaluation_resize} is smaller than size {self.size}")
+        if self.evaluation_resize > LONGEST_SIDE:
+            raise ValueError(f"evaluation_resize {self.evaluation_resize} is more than {LONGEST_SIDE:,} pixels")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
+        self._check_progressive()
         for key, crop in CROP_OWN_KEYS.items():
             # at its default it says nothing: a resolved configuration has every default written out
             if self.crop != crop and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f'{key} is for crop "{crop}" and has no effect with crop "{self.crop}": leave it out')
         return self
+
+    def _check_progressive(self) -> None:
+        epochs = [resolution.from_epoch for resolution in self.progressive]
+        if epochs and epochs[0] != 0:
+            raise ValueError("progressive must begin with from_epoch 0")
+        if any(later <= earlier for earlier, later in pairwise(epochs)):
+            raise ValueError("progressive: from_epoch must ascend")
+        if self.progressive and self.crop == "padded":
+            raise ValueError('progressive changes the size of crops: it is not for crop "padded"')
 
 
 class Evaluation(Section):
@@ -120,10 +144,13 @@ class Checkpoints(Section):
 
 
 class Loader(Section):
-    """Reading and decoding, per rank. None of it changes a pixel or the order."""
+    """Reading and decoding, per rank. None of it changes the order or a view; decoders differ by rounding."""
 
     threads: int | None = Field(None, ge=1, description="default: this rank's share of the cores")
     prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead")
+    decoder: DecoderChoice = Field(
+        "auto", description="the best that is there, or by name; what it refuses goes to the ones below it"
+    )
 
 
 class SampleOrder(Section):
@@ -169,6 +196,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     run: str | None = Field(None, description="run folder; default runs/<name of the config>")
     transform: Transform = Transform()
+    mixing: Mixing | None = None
     order: SampleOrder = SampleOrder()
     cache: Cache = Cache()
     stream: str | None = Field(

@@ -82,6 +82,9 @@ class StreamReader:
                     )
             return self._ready[sample]
 
+    def extents(self, samples: np.ndarray) -> None:
+        """None: the images lie in memory."""
+
     def expect(self, position: int) -> None:
         """Read the blocks of what is read soon, though they may be more than are kept otherwise."""
         with self._changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -61,3 +62,11 @@ class StepSums:
             dist.all_reduce(total)
         loss, correct, images = total.tolist()
         return loss / images, 100 * correct / images
+
+
+def over_ranks(counts: np.ndarray, device: torch.device) -> np.ndarray:
+    """Counts, int64 [n], summed over all ranks, exactly. Every rank must call it."""
+    total = torch.from_numpy(counts).to(device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.cpu().numpy()

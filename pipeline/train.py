@@ -75,7 +75,7 @@ def prepare(config_path: str, overrides: Sequence[str], world: World) -> Prepare
     if saved is not None:
         resume.check(saved, plan)
     recipe = plan.config.recipe
-    network = model.create(recipe.model, len(train_split.classes), recipe.seed, size=recipe.transform.size)
+    network = model.create(recipe.model, len(train_split.classes), recipe.seed, recipe.transform.sizes)
     state = checkpoint.load(saved, network) if saved is not None else None
     return Prepared(plan, train_split, validation_split, saved, network, state)
 

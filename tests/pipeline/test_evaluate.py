@@ -18,7 +18,7 @@ LABELS = torch.randint(0, CLASSES, (SAMPLES,), generator=torch.Generator().manua
 
 def batches(rank: int, world_size: int, micro: int):
     """Micro-batches whose "images" are the sample ids, so that the forward pass can look its logits up."""
-    for request in evaluation_requests(SAMPLES, micro, rank, world_size):
+    for request in evaluation_requests(SAMPLES, micro, 8, rank, world_size):
         ids = torch.from_numpy(request.ids)
         yield MicroBatch(ids, LABELS[ids], torch.from_numpy(request.weights), request.ids)
 

@@ -1,27 +1,32 @@
-"""Batches are a function of the requests alone: not of threads, ranks or timing; errors name the sample."""
+"""Batches are a function of the requests alone: not of threads, ranks, timing or rung; errors name the sample."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.augment import Augmentation
+from pipeline import reader as readers
+from pipeline import rungs
 from pipeline.batch import Batch
-from pipeline.decode import DecodeError, PillowDecoder
-from pipeline.loader import Loader, Request, evaluation_requests, training_requests
+from pipeline.decode import Decoder, make_decoder
+from pipeline.loader import LARGEST_SLICE, Loader, Request, evaluation_requests, slices, training_requests
 from pipeline.order import Order
-from pipeline.reader import ShardReader
+from pipeline.reader import NOT_OPEN, Encoded, Located, ShardReader
+from pipeline.rungs import RUNGS
 from pipeline.schema import Transform
+from pipeline.slabs import SlabRing
+from shards.cli import main as shards_main
 from shards.errors import UserError
 from shards.index import load_split
 
@@ -35,14 +40,30 @@ def reader(tiny_shards):
     reader.close()
 
 
-def epoch_pixels(reader: ShardReader, *, world_size: int, threads: int, prefetch: int) -> dict[int, bytes]:
+@pytest.fixture(params=RUNGS)
+def rung(request: pytest.FixtureRequest) -> str:
+    """Each rung that is there."""
+    reason = rungs.missing(request.param)
+    if reason is not None:
+        pytest.skip(f"the {rungs.NAMES[request.param]} {reason}")
+    return request.param
+
+
+def request_of(*ids: int, epoch: int | None = 0) -> Request:
+    epochs = None if epoch is None else np.full(len(ids), epoch, dtype=np.int64)
+    return Request(
+        np.array(ids, dtype=np.int64), epochs, np.ones(len(ids), np.float32), min(ids), max(ids), TRANSFORM.size
+    )
+
+
+def epoch_pixels(reader: ShardReader, rung: str, *, world_size: int, threads: int, prefetch: int) -> dict[int, bytes]:
     """The bytes of every sample of two epochs, by position in the stream."""
     order = Order(len(reader.split), seed=5)
     batch = Batch(train=16, micro=4, accumulation=4 // world_size, world_size=world_size)
     pixels: dict[int, bytes] = {}
     for rank in range(world_size):
-        requests = training_requests(order, batch, rank, 0, 16)
-        with Loader(reader, PillowDecoder(TRANSFORM, 5), requests, threads=threads, prefetch=prefetch) as loader:
+        requests = training_requests(order, batch, TRANSFORM, rank, 0, 16)
+        with Loader(reader, make_decoder(TRANSFORM, 5, rung), requests, threads=threads, prefetch=prefetch) as loader:
             for index, micro_batch in enumerate(loader):
                 update, micro_step = divmod(index, batch.accumulation)
                 start = update * 16 + (rank * batch.accumulation + micro_step) * 4
@@ -53,17 +74,30 @@ def epoch_pixels(reader: ShardReader, *, world_size: int, threads: int, prefetch
     return pixels
 
 
-def test_pixels_are_the_same_for_any_threads_and_ranks(reader):
-    expected = epoch_pixels(reader, world_size=1, threads=1, prefetch=1)
+def test_pixels_are_the_same_for_any_threads_and_ranks(reader, rung):
+    expected = epoch_pixels(reader, rung, world_size=1, threads=1, prefetch=1)
     assert sorted(expected) == list(range(256))
     for world_size, threads, prefetch in ((1, 8, 7), (2, 2, 1), (4, 3, 4)):
-        assert epoch_pixels(reader, world_size=world_size, threads=threads, prefetch=prefetch) == expected
+        assert epoch_pixels(reader, rung, world_size=world_size, threads=threads, prefetch=prefetch) == expected
+
+
+@pytest.mark.parametrize("epoch", [None, 1])
+def test_every_rung_loads_the_same_images_and_labels(reader, rung, epoch):
+    requests = [request_of(*range(start, start + 13), epoch=epoch) for start in range(0, 130, 13)]
+    batches = []
+    for choice in (rung, "pillow"):
+        with Loader(reader, make_decoder(TRANSFORM, 5, choice), requests, threads=2, prefetch=2) as loader:
+            batches.append(list(loader))
+    for ours, pillow in zip(*batches, strict=True):
+        differences = (ours.images.short() - pillow.images.short()).abs()
+        assert differences.max() <= 2 and differences.float().mean() < 0.5
+        assert ours.labels.tolist() == pillow.labels.tolist()
 
 
 def test_an_image_looks_different_in_every_epoch(reader):
     ids, weights = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.float32)
-    requests = [Request(ids, np.array([epoch]), weights, epoch, epoch) for epoch in range(6)]
-    with Loader(reader, PillowDecoder(TRANSFORM, 5), requests, threads=2, prefetch=2) as loader:
+    requests = [Request(ids, np.array([epoch]), weights, epoch, epoch, TRANSFORM.size) for epoch in range(6)]
+    with Loader(reader, make_decoder(TRANSFORM, 5), requests, threads=2, prefetch=2) as loader:
         views = {batch.images.numpy().tobytes() for batch in loader}
     assert len(views) == 6
 
@@ -73,7 +107,7 @@ def test_an_image_looks_different_in_every_epoch(reader):
 def test_evaluation_covers_every_sample_once_in_one_shape(samples, micro, world_size):
     seen = []
     for rank in range(world_size):
-        for request in evaluation_requests(samples, micro, rank, world_size):
+        for request in evaluation_requests(samples, micro, 24, rank, world_size):
             assert request.ids.shape == request.weights.shape == (micro,)
             assert request.ids.max() < samples
             seen += request.ids[request.weights == 1].tolist()
@@ -81,8 +115,8 @@ def test_evaluation_covers_every_sample_once_in_one_shape(samples, micro, world_
 
 
 def test_images_are_channels_last_and_unnormalised(reader):
-    request = Request(np.arange(4), np.zeros(4, dtype=np.int64), np.ones(4, dtype=np.float32), 0, 3)
-    with Loader(reader, PillowDecoder(TRANSFORM, 5), [request], threads=1, prefetch=1) as loader:
+    request = Request(np.arange(4), np.zeros(4, dtype=np.int64), np.ones(4, dtype=np.float32), 0, 3, TRANSFORM.size)
+    with Loader(reader, make_decoder(TRANSFORM, 5), [request], threads=1, prefetch=1) as loader:
         batch = next(loader)
     assert batch.images.shape == (4, 3, 24, 24)
     assert batch.images.permute(0, 2, 3, 1).is_contiguous()
@@ -104,9 +138,10 @@ def test_a_corrupt_image_is_named_when_its_batch_is_asked_for_and_the_threads_en
     reader = ShardReader(split)
     before = threading.active_count()
     requests = [
-        Request(np.arange(s, s + 4), np.zeros(4, dtype=np.int64), np.ones(4, np.float32), s, s + 3) for s in (0, 48, 8)
+        Request(np.arange(s, s + 4), np.zeros(4, dtype=np.int64), np.ones(4, np.float32), s, s + 3, TRANSFORM.size)
+        for s in (0, 48, 8)
     ]
-    loader = Loader(reader, PillowDecoder(TRANSFORM, 5), requests, threads=4, prefetch=8)
+    loader = Loader(reader, make_decoder(TRANSFORM, 5), requests, threads=4, prefetch=8)
     next(loader)
     with pytest.raises(UserError) as error:
         next(loader)
@@ -132,116 +167,275 @@ def test_a_shard_that_shrank_after_the_start_is_an_error_at_the_sample(tiny_shar
 
 
 def test_closing_in_the_middle_of_an_epoch_is_prompt(reader):
-    requests = (Request(np.arange(8), np.full(8, e), np.ones(8, np.float32), e, e) for e in range(10_000))
-    loader = Loader(reader, PillowDecoder(TRANSFORM, 5), requests, threads=4, prefetch=50)
+    requests = (
+        Request(np.arange(8), np.full(8, e), np.ones(8, np.float32), e, e, TRANSFORM.size) for e in range(10_000)
+    )
+    loader = Loader(reader, make_decoder(TRANSFORM, 5), requests, threads=4, prefetch=50)
     next(loader)
     began = time.monotonic()
     loader.close()
     assert time.monotonic() - began < 2
 
 
-def encode(pixels: np.ndarray, kind: str, mode: str = "RGB") -> bytes:
-    content = io.BytesIO()
-    image = Image.fromarray(pixels).convert(mode)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90°": must be ignored
-    image.save(content, kind, **({"exif": exif} if kind == "JPEG" else {}))
-    return content.getvalue()
+# ---------------------------------------------------------------- recycled memory
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "P"), ("WEBP", "RGB")]
-)
-def test_every_kind_of_image_becomes_rgb_and_is_never_rotated(kind, mode):
-    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
-    pixels[:, 30:] = 255  # the right half is white
-    out = np.zeros((24, 24, 3), dtype=np.uint8)
-    PillowDecoder(Transform(size=24, evaluation_resize=24), 0).evaluate(encode(pixels, kind, mode), out)
-    assert out[:, :8].max() < 40 and out[:, -8:].min() > 215
+def endless(batch: int = 4) -> Iterator[Request]:
+    for start in range(10**6):
+        yield request_of(*((start * batch + offset) % 130 for offset in range(batch)), epoch=start)
 
 
-def test_the_evaluation_view_is_torchvision_s_resize_and_centre_crop():
-    from torchvision.transforms.v2 import functional as F
-
-    pixels = np.random.default_rng(0).integers(0, 256, size=(70, 50, 3), dtype=np.uint8)
-    out = np.zeros((24, 24, 3), dtype=np.uint8)
-    PillowDecoder(TRANSFORM, 0).evaluate(encode(pixels, "PNG"), out)
-    expected = F.center_crop(F.resize(Image.fromarray(pixels), [28]), [24, 24])
-    np.testing.assert_array_equal(out, np.asarray(expected))
-
-
-def test_the_training_view_is_the_augmentation_s_box_resized_and_flipped():
-    pixels = np.random.default_rng(0).integers(0, 256, size=(70, 50, 3), dtype=np.uint8)
-    decoder, out = PillowDecoder(TRANSFORM, 9), np.zeros((24, 24, 3), dtype=np.uint8)
-    flips = set()
-    for sample in range(8):
-        decoder.train(encode(pixels, "PNG"), out, epoch=2, sample=sample)
-        view = Augmentation(TRANSFORM, 9).view(50, 70, 2, sample)
-        box = (view.left, view.top, view.left + view.width, view.top + view.height)
-        expected = np.asarray(Image.fromarray(pixels).crop(box).resize((24, 24), Image.Resampling.BILINEAR))
-        np.testing.assert_array_equal(out, expected[:, ::-1] if view.flip else expected)
-        flips.add(view.flip)
-    assert flips == {True, False}
+def test_a_batch_that_is_kept_is_never_overwritten(reader, rung):
+    with Loader(reader, make_decoder(TRANSFORM, 5, rung), endless(), threads=3, prefetch=2) as loader:
+        kept = [next(loader) for _ in range(3)]
+        one_image = next(loader).images[1]
+        array = next(loader).images[2].numpy()
+        expected = [batch.images.clone() for batch in kept], one_image.clone(), array.copy()
+        for _ in range(40):
+            next(loader)
+        for batch, pixels in zip(kept, expected[0], strict=True):
+            assert batch.images.equal(pixels)
+        assert one_image.equal(expected[1])
+        np.testing.assert_array_equal(array, expected[2])
+    assert one_image.equal(expected[1])
 
 
-def test_the_padded_view_shifts_the_image_over_black():
-    pixels = np.full((8, 8, 3), 200, dtype=np.uint8)
-    transform = Transform(size=8, evaluation_resize=8, crop="padded", padding=2, flip=False)
-    decoder, out = PillowDecoder(transform, 0), np.zeros((8, 8, 3), dtype=np.uint8)
-    for sample in range(30):
-        decoder.train(encode(pixels, "PNG"), out, epoch=0, sample=sample)
-        view = Augmentation(transform, 0).view(8, 8, 0, sample)
-        assert (out > 0).all(axis=2).sum() == (8 - abs(view.left)) * (8 - abs(view.top))
+def test_memory_is_used_again_and_what_was_kept_comes_back(reader):
+    with Loader(reader, make_decoder(TRANSFORM, 5), endless(), threads=2, prefetch=2) as loader:
+        for _ in range(3):
+            batch = next(loader)
+        addresses = set()
+        for _ in range(30):
+            batch = next(loader)
+            addresses.add(batch.images.data_ptr())
+        assert len(addresses) <= 5
+        kept = [next(loader) for _ in range(8)]
+        more = {batch.images.data_ptr() for batch in kept}
+        assert len(more) == 8
+        del kept, batch
+        gc.collect()
+        later = set()
+        for _ in range(30):
+            batch = next(loader)
+            later.add(batch.images.data_ptr())
+        assert len(later) <= 8 and len(later & more) >= 2
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xe0 only the start of a JPEG"])
-def test_what_is_no_image_is_a_decode_error(data):
-    with pytest.raises(DecodeError, match="cannot be decoded"):
-        PillowDecoder(TRANSFORM, 0).evaluate(data, np.zeros((24, 24, 3), dtype=np.uint8))
+def test_slabs_of_another_size_are_not_mixed_up():
+    ring = SlabRing(most=3)
+    small, large = (2, 8, 8, 3), (2, 16, 16, 3)
+    tensor = ring.hand_out(ring.take(small))
+    del tensor
+    assert ring.take(large).pixels.shape == large
+    assert ring.take(small).pixels.shape == small
 
 
-WARNINGS = """
-import io, sys, threading, warnings
-import numpy as np
-from PIL import Image, TiffImagePlugin
-from pipeline.decode import PillowDecoder
-from pipeline.schema import Transform
+class Event:
+    """A CUDA event that is done when it is told."""
 
-def decode(data):
-    PillowDecoder(Transform(size=24, evaluation_resize=24), 0).evaluate(data, np.zeros((24, 24, 3), dtype=np.uint8))
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self.done = False
 
-filters = list(warnings.filters)
-content = io.BytesIO()
-# one tag whose text would lie beyond the end
-exif = b"Exif\\0\\0II*\\0\\x08\\0\\0\\0" + b"\\x01\\0" + b"\\x0f\\x01\\x02\\0\\xff\\0\\0\\0\\xf0\\0\\0\\0" + bytes(4)
-Image.new("RGB", (30, 30)).save(content, "JPEG", exif=exif)
-threads = [threading.Thread(target=lambda: [decode(content.getvalue()) for _ in range(50)]) for _ in range(8)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-assert warnings.filters == filters, "the threads left the process's filters as they were"
-print("after EXIF", file=sys.stderr)
-Image.MAX_IMAGE_PIXELS = 600
-decode(content.getvalue())
-warnings.resetwarnings()
-Image.open(io.BytesIO(content.getvalue()))
-"""
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.log.append("waited")
 
 
-def test_damaged_metadata_is_silent_in_every_thread_and_a_decompression_bomb_is_not():
-    # in a process of its own, because pytest replaces the filters
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", WARNINGS],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    before, _, after = done.stderr.partition("after EXIF")
-    assert before == ""
-    _, bomb, control = after.partition("DecompressionBombWarning: Image size (900 pixels)")
-    assert bomb
-    assert "EXIF" in control or "Truncated" in control or "Tag" in control, "without the filter there is a warning"
+def test_a_slab_is_not_filled_before_its_copy_to_the_device_is_done():
+    ring, shape, log = SlabRing(most=5), (1, 4, 4, 3), []
+    taken = [ring.take(shape) for _ in range(3)]
+    addresses = [slab.pixels.ctypes.data for slab in taken]
+    for slab in taken:
+        ring.hand_out(slab)
+    ring._collect()
+    for slab in ring._free:
+        slab.copied = Event(log)
+    first, *_ = list(ring._free)
+    assert len(ring._free) == 3
+    # as many as may wait do: then the oldest is waited for
+    assert ring.take(shape).pixels.ctypes.data == addresses[0] and log == ["waited"]
+    fresh = ring.take(shape)
+    assert fresh.pixels.ctypes.data not in addresses and log == ["waited"]
+    ring._free[0].copied.done = True
+    assert ring.take(shape).pixels.ctypes.data == addresses[1] and log == ["waited", "waited"]
+    assert first is taken[0]
+
+
+# ---------------------------------------------------------------- slices, files, counts
+
+
+@pytest.mark.parametrize(("count", "threads"), [(1, 1), (5, 8), (32, 2), (32, 16), (256, 1), (256, 64), (1000, 3)])
+def test_slices_cover_a_batch_and_leave_work_for_every_thread(count, threads):
+    parts = slices(count, threads)
+    assert [number for part in parts for number in range(count)[part]] == list(range(count))
+    assert max(len(range(count)[part]) for part in parts) <= LARGEST_SLICE
+    assert len(parts) >= min(threads, count // 4)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def extents_of(reader: ShardReader, ids: np.ndarray) -> list[bytes]:
+    with reader.extents(ids) as found:
+        assert found.labels.tolist() == reader.split.samples[ids]["label"].tolist()
+        shards = reader.split.samples[ids]["shard"]
+        first = np.cumsum([0, *(shard.samples for shard in reader.split.shards)])
+        assert found.extents["row"].tolist() == (ids - first[shards]).tolist()
+        return [os.pread(int(e["descriptor"]), int(e["size"]), int(e["offset"])) for e in found.extents]
+
+
+@pytest.mark.parametrize("most_open", [0, 3, 4096])
+def test_extents_are_where_the_images_lie_however_many_files_stay_open(tiny_shards, monkeypatch, most_open):
+    monkeypatch.setattr(readers, "MOST_OPEN", most_open)
+    split = load_split(tiny_shards, "train")
+    before = open_files()
+    reader = ShardReader(split)
+    ids = np.random.default_rng(0).permutation(130)[:50].astype(np.int64)
+    for _ in range(2):
+        assert extents_of(reader, ids) == [reader.read(int(sample)).image for sample in ids]
+        assert len(os.listdir("/proc/self/fd")) <= before + most_open  # noqa: PTH208
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """40 images in one shard: number 7 is a PNG, 11 a progressive JPEG, 13 a CMYK JPEG, all others baseline."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+    for number in range(40):
+        image = Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+        content = io.BytesIO()
+        if number == 7:
+            image.save(content, "PNG")
+        else:
+            image.convert("CMYK" if number == 13 else "RGB").save(content, "JPEG", progressive=number == 11)
+        suffix = "png" if number == 7 else "jpg"
+        (tmp_path / "images" / "train" / "cat" / f"{number:03}.{suffix}").write_bytes(content.getvalue())
+    out = tmp_path / "shards"
+    assert shards_main(["prepare", "imagefolder", str(tmp_path / "images"), str(out), "--workers", "1"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_what_decoded_what_is_counted_whatever_the_threads(mixed, rung, threads):
+    counts = {
+        "native": {"native": 37, "indexed": 37, "simplejpeg": 1, "pillow": 2, "native_unsupported": 3},
+        "simplejpeg": {"simplejpeg": 38, "pillow": 2},
+        "pillow": {"pillow": 40},
+    }[rung]
+    if "simplejpeg" in counts:
+        counts["simplejpeg_unsupported"] = 2
+    split = load_split(mixed, "train")
+    with (
+        contextlib.closing(ShardReader(split)) as reader,
+        Loader(
+            reader, make_decoder(TRANSFORM, 0, rung), [request_of(*range(40))] * 3, threads=threads, prefetch=2
+        ) as loader,
+    ):
+        next(loader)
+        assert loader.take_tally().figures() == counts, "not of what is loaded ahead"
+        next(loader)
+        next(loader)
+        assert loader.take_tally().figures() == {field: 2 * images for field, images in counts.items()}
+        assert loader.take_tally().figures() == {}
+
+
+def test_stale_crop_index_records_are_counted_and_change_nothing(mixed):
+    if rungs.missing("native") is not None:
+        pytest.skip("no C extension")
+    split = load_split(mixed, "train")
+    path = split.shards[0].path.with_suffix(".cropindex")
+    batches, counts = [], []
+    for _ in range(2):
+        with (
+            contextlib.closing(ShardReader(split)) as reader,
+            Loader(reader, make_decoder(TRANSFORM, 0), [request_of(*range(40))], threads=2, prefetch=1) as loader,
+        ):
+            batches.append(next(loader).images)
+            counts.append(loader.take_tally())
+        content = bytearray(path.read_bytes())
+        path.chmod(0o644)
+        content[-40:] = bytes(40)  # within the last record
+        path.write_bytes(content)
+    assert batches[0].equal(batches[1])
+    assert [tally["stale"] for tally in counts] == [0, 1]
+    assert [tally["indexed"] for tally in counts] == [37, 36]
+
+
+def test_what_could_not_be_kept_open_is_read_by_itself(reader, rung):
+    """As `cached.CachedReader` has it, where a shard has gone again."""
+
+    class Forgetful(ShardReader):
+        @contextlib.contextmanager
+        def extents(self, samples: np.ndarray) -> Iterator[Located]:
+            with super().extents(samples) as found:
+                found.extents["descriptor"][::3] = NOT_OPEN
+                found.labels[::3] = -7
+                yield found
+
+    batches = []
+    for source in (reader, Forgetful(reader.split)):
+        with Loader(
+            source, make_decoder(TRANSFORM, 5, rung), [request_of(*range(40))], threads=2, prefetch=1
+        ) as loader:
+            batches.append(next(loader))
+            assert loader.take_tally()[rung] == 40
+    assert batches[0].images.equal(batches[1].images) and batches[0].labels.equal(batches[1].labels)
+
+
+def test_images_in_memory_are_decoded_by_the_same_rungs(reader, rung):
+    """As `stream.StreamReader` has them: no file to read."""
+
+    class InMemory:
+        def __init__(self) -> None:
+            self.split = reader.split
+
+        def extents(self, samples: np.ndarray) -> None: ...
+
+        def read(self, sample: int) -> Encoded:
+            return reader.read(sample)
+
+        def expect(self, position: int) -> None: ...
+
+        def passed(self, position: int) -> None: ...
+
+        def interrupt(self) -> None: ...
+
+    batches = []
+    for source in (reader, InMemory()):
+        requests = [request_of(*range(20), epoch=epoch) for epoch in (None, 0)]
+        with Loader(source, make_decoder(TRANSFORM, 5, rung), requests, threads=2, prefetch=1) as loader:
+            batches.append([(batch.images.clone(), batch.labels) for batch in loader])
+            assert loader.take_tally()[rung] == 40
+    for (pixels, labels), (expected, expected_labels) in zip(*batches, strict=True):
+        assert pixels.equal(expected) and labels.equal(expected_labels)
+
+
+# ---------------------------------------------------------------- shutdown
+
+
+class SlowDecoder(Decoder):
+    """Each image takes half a second."""
+
+    @property
+    def reads_files(self) -> bool:
+        return False
+
+    def image(self, *arguments) -> None:
+        time.sleep(0.5)
+
+
+def test_closing_waits_for_the_images_under_way_and_not_for_their_slices(reader):
+    before = threading.active_count()
+    loader = Loader(reader, SlowDecoder(TRANSFORM, 0, ["pillow"]), endless(64), threads=2, prefetch=4)
+    loader._submit_ahead()
+    time.sleep(0.2)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 2
+    assert threading.active_count() == before

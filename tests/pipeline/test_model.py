@@ -120,17 +120,17 @@ def test_every_normalisation_of_torch_is_spared(layer):
 def test_a_model_that_does_not_take_the_size_is_a_user_error():
     vit = schema.Model(name="vit_tiny_patch16_224")
     with pytest.raises(UserError, match="vit_tiny_patch16_224 does not take images of 96 × 96") as error:
-        model.create(vit, 7, seed=0, size=96)
+        model.create(vit, 7, seed=0, sizes=(96,))
     assert "recipe.transform.size" in str(error.value) and "recipe.model.args.img_size=96" in str(error.value)
-    model.create(schema.Model(name="vit_tiny_patch16_224", args={"img_size": 96}), 7, seed=0, size=96)
-    model.create(vit, 7, seed=0, size=224)
+    model.create(schema.Model(name="vit_tiny_patch16_224", args={"img_size": 96}), 7, seed=0, sizes=(96,))
+    model.create(vit, 7, seed=0, sizes=(224,))
 
 
 def test_a_model_that_is_no_classifier_is_a_user_error():
     small = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
     with pytest.raises(UserError, match="with a list, not with 10 scores"):
-        model.create(schema.Model(name="resnet18", args={**small, "features_only": True}), 10, seed=0, size=32)
-    model.create(schema.Model(name="resnet18", args=small), 10, seed=0, size=32)
+        model.create(schema.Model(name="resnet18", args={**small, "features_only": True}), 10, seed=0, sizes=(32,))
+    model.create(schema.Model(name="resnet18", args=small), 10, seed=0, sizes=(32,))
 
 
 class ReadsValues(nn.Module):
@@ -147,7 +147,7 @@ class ReadsValues(nn.Module):
 def test_a_model_that_does_not_run_on_the_meta_device_is_checked_with_values_and_not_estimated(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, **arguments: ReadsValues())
     before = torch.get_rng_state()
-    network = model.create(schema.Model(name="resnet18"), 10, seed=0, size=32)
+    network = model.create(schema.Model(name="resnet18"), 10, seed=0, sizes=(32,))
     torch.set_rng_state(before)
     rows = dict(model.describe(network, weight_decay=1e-4, micro=4, size=32, precision="fp32"))
     assert rows["memory"].startswith("not estimated · 0.0 M parameters")
@@ -155,7 +155,7 @@ def test_a_model_that_does_not_run_on_the_meta_device_is_checked_with_values_and
 
 def test_checking_the_size_leaves_weights_statistics_and_random_numbers_alone():
     recipe = schema.Model(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8], "drop_rate": 0.5})
-    checked = model.create(recipe, 10, seed=1, size=32)
+    checked = model.create(recipe, 10, seed=1, sizes=(32,))
     after_checked = torch.rand(1)
     unchecked = model.create(recipe, 10, seed=1)
     assert torch.equal(after_checked, torch.rand(1))

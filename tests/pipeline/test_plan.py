@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -272,3 +273,39 @@ def test_misspelt_command_line_is_argparses_error(capsys, arguments):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: onehour" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- what will decode
+
+
+def data_row(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    return next(line for line in page(capsys, *arguments).splitlines() if line.startswith("data"))
+
+
+def test_the_page_names_the_live_decoder_and_the_crop_index(capsys, monkeypatch, write_config, tiny_shards, tmp_path):
+    from shards import jpeg
+
+    path = str(write_config())
+    copied = tmp_path / "copied"
+    shutil.copytree(tiny_shards, copied)
+    copied.chmod(0o755)
+    kept = [index.replace(tmp_path / index.name) for index in sorted(copied.glob("train-*.cropindex"))]
+    arguments = (path, "--ranks", "2", "--data", str(copied))
+    monkeypatch.setattr(jpeg, "unavailable", lambda: None)
+    monkeypatch.setattr(jpeg, "describe", lambda: "C extension, AVX2")
+    assert "· decode: C extension, AVX2 · val on 35 exactly" in data_row(capsys, *arguments)
+    if kept:
+        for index in kept[:3]:
+            shutil.copy(index, copied)
+        assert "· decode: C extension, AVX2 · crop index for 3 shards · " in data_row(capsys, *arguments)
+        shutil.copy(kept[3], copied)
+        assert "· decode: C extension, AVX2 · crop index · " in data_row(capsys, *arguments)
+        shutil.copy(kept[3], copied / kept[2].name)  # of another shard
+        text = refused(capsys, *arguments)
+        assert kept[2].name in text and "shards index" in text
+    monkeypatch.setattr(jpeg, "unavailable", lambda: "was not built")
+    assert "· decode: simplejpeg (why no faster one: onehour doctor) · " in data_row(capsys, *arguments)
+    assert "· decode: Pillow · " in data_row(capsys, *arguments, "--set", "recipe.loader.decoder=pillow")
+    text = refused(capsys, *arguments, "--set", "recipe.loader.decoder=native")
+    assert "recipe.loader.decoder" in text and "compiler" in text
+    assert summary(capsys, *arguments)["decoder"] == "simplejpeg"

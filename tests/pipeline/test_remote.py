@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from pipeline import config, dataset
 from pipeline.cached import CachedReader
-from pipeline.decode import PillowDecoder
+from pipeline.decode import make_decoder
 from pipeline.experiment import open_run
 from pipeline.loader import Loader, evaluation_requests, training_requests
 from pipeline.metrics import read_metrics
@@ -83,7 +84,14 @@ def read_as_ranks(experiment: config.Config, world_size: int, updates: range) ->
                 position=updates.start * batch.train,
             )
             opened.enter_context(contextlib.closing(reader))
-            ranks.append((reader, training_requests(plan.order, batch, rank, updates.start, updates.stop)))
+            ranks.append(
+                (
+                    reader,
+                    training_requests(
+                        plan.order, batch, plan.config.recipe.transform, rank, updates.start, updates.stop
+                    ),
+                )
+            )
         for _ in range(len(updates) * batch.accumulation):
             for rank, (reader, requests) in enumerate(ranks):
                 request = next(requests)
@@ -100,7 +108,9 @@ def expected(experiment: config.Config, data: Path, world_size: int, updates: ra
         return {
             rank: [
                 reader.read(int(sample))
-                for request in training_requests(plan.order, plan.batch, rank, updates.start, updates.stop)
+                for request in training_requests(
+                    plan.order, plan.batch, plan.config.recipe.transform, rank, updates.start, updates.stop
+                )
                 for sample in request.ids
             ]
             for rank in range(world_size)
@@ -232,7 +242,7 @@ def assert_evaluation_is_exact(experiment: config.Config, split, data: Path, *, 
         for rank in range(world_size):
             reader = evaluation_reader(split, experiment.recipe, rank=rank, world_size=world_size)
             with contextlib.closing(reader):
-                for request in evaluation_requests(VAL, 4, rank, world_size, contiguous=contiguous):
+                for request in evaluation_requests(VAL, 4, 32, rank, world_size, contiguous=contiguous):
                     reader.expect(request.last)
                     for sample, weight in zip(request.ids.tolist(), request.weights, strict=True):
                         assert reader.read(sample) == local.read(sample)
@@ -246,6 +256,52 @@ def test_evaluation_reads_every_image_once_whatever_the_ranks(tmp_path, many_sha
     experiment = load(tmp_path, server.url)
     split = dataset.open_split(experiment.recipe, "val")
     assert_evaluation_is_exact(experiment, split, many_shards, contiguous=False)
+
+
+def open_shards() -> int:
+    """Descriptors of tars and crop indexes."""
+    names = [path.readlink().suffix for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return names.count(".tar") + names.count(".cropindex")
+
+
+def test_extents_of_cached_shards_are_those_of_local_ones(tmp_path, many_shards, server):
+    experiment = load(tmp_path, server.url)
+    split = dataset.open_split(experiment.recipe, "train")
+    before = open_shards()
+    local = ShardReader(load_split(many_shards, "train"))
+    ids = np.random.default_rng(0).permutation(TRAIN)[:40].astype(np.int64)
+    with contextlib.closing(evaluation_reader(split, experiment.recipe, rank=0, world_size=1)) as reader:
+        reader.expect(TRAIN)
+        for part in (ids[:7], ids, ids[::-1].copy()):
+            with reader.extents(part) as ours, local.extents(part) as theirs:
+                assert ours.labels.tolist() == theirs.labels.tolist()
+                for field in ("offset", "size", "row"):
+                    np.testing.assert_array_equal(ours.extents[field], theirs.extents[field])
+                for place, sample in zip(ours.extents, part.tolist(), strict=True):
+                    image = os.pread(int(place["descriptor"]), int(place["size"]), int(place["offset"]))
+                    assert image == local.read(sample).image == reader.read(sample).image
+    local.close()
+    assert open_shards() == before
+
+
+def test_cached_shards_are_loaded_as_local_ones_are(tmp_path, many_shards, server):
+    experiment = load(tmp_path, server.url)
+    recipe, batches = experiment.recipe, []
+    for split in (dataset.open_split(recipe, "val"), load_split(many_shards, "val")):
+        with (
+            contextlib.closing(evaluation_reader(split, recipe, rank=0, world_size=1)) as reader,
+            Loader(
+                reader,
+                make_decoder(recipe.transform, 0),
+                evaluation_requests(VAL, 16, recipe.transform.size, 0, 1),
+                threads=2,
+                prefetch=2,
+            ) as loader,
+        ):
+            batches.append(list(loader))
+            assert loader.take_tally().images == 48
+    for ours, theirs in zip(*batches, strict=True):
+        assert ours.images.equal(theirs.images) and ours.labels.equal(theirs.labels)
 
 
 def test_a_server_that_cuts_and_corrupts_costs_time_and_no_sample(tmp_path, many_shards, server):
@@ -273,8 +329,8 @@ def test_closing_while_a_server_is_silent_is_prompt(tmp_path, many_shards, serve
     plan, train, _ = open_run(experiment, 1)
     reader = training_reader(train, experiment.recipe, plan.order, plan.batch, rank=0, local_ranks=range(1), position=0)
     assert isinstance(reader, CachedReader)
-    requests = training_requests(plan.order, plan.batch, 0, 0, 10)
-    loader = Loader(reader, PillowDecoder(experiment.recipe.transform, 0), requests, threads=2, prefetch=2)
+    requests = training_requests(plan.order, plan.batch, plan.config.recipe.transform, 0, 0, 10)
+    loader = Loader(reader, make_decoder(experiment.recipe.transform, 0), requests, threads=2, prefetch=2)
     loader._submit_ahead()
     time.sleep(0.3)
     began = time.perf_counter()
@@ -290,9 +346,9 @@ class NoDecoder:
     class transform:  # noqa: N801  as a decoder names it
         size = 4
 
-    def train(self, *_) -> None: ...
+    reads_files = False
 
-    def evaluate(self, *_) -> None: ...
+    def image(self, *_) -> None: ...
 
 
 def load_rank(world, path: str, updates: int) -> list[int]:
@@ -306,7 +362,7 @@ def load_rank(world, path: str, updates: int) -> list[int]:
     reader = training_reader(
         train, recipe, plan.order, batch, rank=world.rank, local_ranks=world.local_ranks, position=0
     )
-    requests = training_requests(plan.order, batch, world.rank, 0, updates)
+    requests = training_requests(plan.order, batch, plan.config.recipe.transform, world.rank, 0, updates)
     ids: list[int] = []
     with (
         contextlib.closing(reader),
@@ -319,7 +375,7 @@ def load_rank(world, path: str, updates: int) -> list[int]:
                 evaluating = evaluation_reader(
                     validation, recipe, rank=world.rank, world_size=world.size, training=reader
                 )
-                wanted = evaluation_requests(VAL, 2, world.rank, world.size)
+                wanted = evaluation_requests(VAL, 2, 32, world.rank, world.size)
                 with (
                     contextlib.closing(evaluating),
                     Loader(evaluating, NoDecoder(), wanted, threads=threads, prefetch=prefetch) as images,
@@ -348,7 +404,10 @@ def test_ranks_that_share_a_cache_just_large_enough_never_wait_for_each_other(tm
         experiment = load(tmp_path, server.url, **changes, **{"recipe.cache.gigabytes": (needed.total + 1) / 1e9})
         answers = fork_ranks(load_rank, 4, str(experiment.path), 100)
     for rank, ids in enumerate(answers):
-        wanted = [request.ids for request in training_requests(plan.order, plan.batch, rank, 0, 100)]
+        wanted = [
+            request.ids
+            for request in training_requests(plan.order, plan.batch, plan.config.recipe.transform, rank, 0, 100)
+        ]
         assert ids == np.concatenate(wanted).tolist()
 
 
@@ -528,6 +587,20 @@ def test_hosts_whose_shards_lie_in_different_places_do_not_agree(tmp_path, many_
     there = facts_of(str(load(tmp_path, server.url, "there").path))
     assert here["training shards"] == there["training shards"]
     assert here["order"] != there["order"]
+
+
+def test_hosts_that_would_decode_differently_do_not_agree(tmp_path, many_shards, monkeypatch):
+    from shards import jpeg
+
+    path = str(load(tmp_path, many_shards).path)
+    monkeypatch.setattr(jpeg, "unavailable", lambda: None)
+    monkeypatch.setattr(jpeg, "describe", lambda: "C extension")
+    here = facts_of(path)
+    monkeypatch.setattr(jpeg, "unavailable", lambda: "was not built")
+    there = facts_of(path)
+    (fact,) = (name for name in here if here[name] != there[name])
+    assert "recipe.loader.decoder" in fact
+    assert here[fact].startswith("native") and there[fact].startswith("simplejpeg")
 
 
 # ---------------------------------------------------------------- whole runs

@@ -23,6 +23,7 @@ from pipeline.checkpoint import load_weights
 from pipeline.hosts import free_port
 from pipeline.metrics import read_metrics
 from pipeline.order import Order
+from pipeline.rungs import RUNGS
 from pipeline.samples import audit, read_samples
 from pipeline.schedule import Schedule
 from shards.cli import main as shards_main
@@ -130,6 +131,17 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
         "csv_monitor": {"enabled": True, "output_path": str(folder / "monitors"), "job_name": "csv"},
     }
     return train_on_one_two_and_four_ranks(tiny_shards, folder, {**SAVE_OFTEN, **monitors})
+
+
+def test_what_decoded_is_on_record_for_all_ranks_together(runs: dict[int, Path]):
+    for path in runs.values():
+        events = [event for event in read_metrics(run_of(path) / "metrics.jsonl") if event["event"] == "decode"]
+        training = [event for event in events if event["split"] == "train"]
+        assert [event["samples"] for event in training] == [update * KN for update in (5, 9, STEPS)]
+        assert sum(event["images"] for event in training) == STEPS * KN
+        (live,) = {rung for event in events for rung in RUNGS if rung in event}
+        assert all(event[live] == event["images"] for event in events), "nothing fell through"
+        assert sum(event["split"] == "val" for event in events) == EPOCHS
 
 
 def assert_the_same_training(paths: dict[int, Path], tolerance: float) -> None:

@@ -1,0 +1,181 @@
+"""`onehour doctor`: what this host would train with, and what is wrong with it, before anybody waits for it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+
+from pipeline import config, rungs
+from pipeline.config import Config
+from pipeline.dataset import AnySplit, crop_indexes, open_split, shard_samples
+from pipeline.experiment import overrides_of
+from pipeline.rungs import NAMES, RUNGS, Rung
+from pipeline.schema import DecoderChoice
+from pipeline.tally import Tally
+from pipeline.versions import versions
+from shards.errors import UserError
+from shards.index import Split
+
+SAMPLE = 256
+"""Images that are decoded for a check, spread over the training split."""
+
+Verdict = Literal["good", "slow", "wrong"]
+MARKS: dict[Verdict, str] = {"good": "✓", "slow": "!", "wrong": "✗"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        about: what.
+        verdict: good; slow: training works and could be faster; wrong: it would fail, or
+            a file is not what it should be.
+        text: what was found.
+        mend: what to do about it, a line each.
+    """
+
+    about: str
+    verdict: Verdict
+    text: str
+    mend: tuple[str, ...] = ()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look at this host, and at the data of a configuration if one is named. Exit code 1 if something is wrong.
+
+    Raises:
+        UserError: the configuration itself is mistaken.
+    """
+    experiment = config.load(args.config, overrides_of(args)) if args.config else None
+    findings = list(examine(experiment))
+    if args.json:
+        print(json.dumps({"host": socket.gethostname(), "findings": [asdict(finding) for finding in findings]}))
+    else:
+        print(_page(findings))
+    return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
+
+
+def examine(experiment: Config | None) -> Iterator[Finding]:
+    """The findings about this host, and about the data of a configuration."""
+    choice: DecoderChoice = experiment.recipe.loader.decoder if experiment is not None else "auto"
+    found = versions()
+    yield Finding("versions", "good", " · ".join(f"{name} {number}" for name, number in found.items()))
+    yield from _decoder(choice)
+    cores = len(os.sched_getaffinity(0))
+    threads = (experiment and experiment.recipe.loader.threads) or cores
+    yield Finding("threads", "good", f"{threads} decoding, with one rank here · {cores} cores")
+    if experiment is not None:
+        yield from _data(experiment)
+
+
+def _decoder(choice: DecoderChoice) -> Iterator[Finding]:
+    try:
+        live, *others = rungs.ladder(choice)
+    except UserError as error:
+        yield Finding("decode", "wrong", error.headline, error.details)
+        return
+    slower = f", then {', '.join(NAMES[rung] for rung in others)}" if others else ""
+    yield Finding("decode", "good", rungs.describe(live) + slower)
+    if choice != "auto" and live != RUNGS[0]:
+        yield Finding("", "slow", f'recipe.loader.decoder is "{choice}": nothing faster is tried')
+        return
+    for rung, reason in rungs.better(live).items():
+        yield Finding("", "slow", f"the {NAMES[rung]} {reason}", rungs.MENDS[rung])
+
+
+def _data(experiment: Config) -> Iterator[Finding]:
+    recipe = experiment.recipe
+    splits: list[AnySplit] = []
+    for name in dict.fromkeys(("train", recipe.evaluation.split)):
+        try:
+            split = open_split(recipe, name)
+        except UserError as error:
+            yield Finding("shards", "wrong", error.headline, error.details)
+            return
+        splits.append(split)
+        text = f"{name}: {len(split):,} images in {len(shard_samples(split)):,} shards · index {split.digest[:12]}"
+        yield Finding("shards", "good", text)
+    try:
+        ladder = rungs.ladder(recipe.loader.decoder)
+    except UserError:
+        return  # has been said
+    for split in splits:
+        if not isinstance(split, Split):
+            yield Finding("images", "good", f"{split.name}: not here yet, so none was decoded")
+            continue
+        if ladder[0] == "native":
+            yield _crop_index(split)
+        yield _sample(experiment, split, ladder)
+
+
+def _crop_index(split: Split) -> Finding:
+    try:
+        number = crop_indexes(split) or 0
+    except UserError as error:
+        return Finding("crop index", "wrong", error.headline, error.details)
+    text = f"{split.name}: {number:,} of {len(split.shards):,} shards have one"
+    if number == len(split.shards):
+        return Finding("crop index", "good", text)
+    return Finding("crop index", "slow", text, (f"shards index {split.root} --decode",))
+
+
+def _sample(experiment: Config, split: Split, ladder: Sequence[Rung]) -> Finding:
+    """Decode some training views, as training would."""
+    # here, so that a host is looked at without waiting for torch
+    from pipeline.decode import make_decoder
+    from pipeline.loader import Loader, Request, default_threads
+    from pipeline.reader import ShardReader
+
+    recipe = experiment.recipe
+    ids = np.unique(np.linspace(0, len(split) - 1, min(SAMPLE, len(split))).astype(np.int64))
+    request = Request(
+        ids, np.zeros(len(ids), np.int64), np.ones(len(ids), np.float32), 0, int(ids[-1]), recipe.transform.size
+    )
+    try:
+        with (
+            contextlib.closing(ShardReader(split)) as reader,
+            Loader(
+                reader,
+                make_decoder(recipe.transform, recipe.seed, recipe.loader.decoder),
+                [request],
+                threads=default_threads(1),
+                prefetch=1,
+            ) as loader,
+        ):
+            next(loader)
+            tally = loader.take_tally()
+    except UserError as error:
+        return Finding("images", "wrong", error.headline, error.details)
+    return _describe(split, tally, ladder)
+
+
+def _describe(split: Split, tally: Tally, ladder: Sequence[Rung]) -> Finding:
+    counts = ", ".join(f"{tally[rung]:,} by {NAMES[rung]}" for rung in ladder if tally[rung])
+    text = f"{split.name}: {tally.images:,} decoded of {len(split):,}: {counts}"
+    if tally["indexed"]:
+        text += f", {tally['indexed']:,} of them from their crop index"
+    if tally["stale"]:
+        text += f" · {tally['stale']:,} crop index records are damaged or another image's"
+        return Finding("images", "wrong", text, (f"shards index {split.root} --decode",))
+    fallen = tally.images - tally[ladder[0]]
+    return Finding("images", "slow" if fallen > tally.images // 2 else "good", text)
+
+
+def _page(findings: Sequence[Finding]) -> str:
+    width = max(len(finding.about) for finding in findings) + 2
+    lines = [f"doctor   {socket.gethostname()}", ""]
+    for finding in findings:
+        lines.append(f"{finding.about:<{width}}{MARKS[finding.verdict]} {finding.text}")
+        lines += [f"{'':<{width}}  → {line}" for line in finding.mend]
+    wrong = sum(finding.verdict == "wrong" for finding in findings)
+    problems = f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "nothing is wrong"
+    return "\n".join([*lines, "", problems])
