@@ -68,6 +68,7 @@ def train_rank(
     folder.mkdir(parents=True)
     resolved = make_plan(folder / "c.json", world.size, **changes)
     model = network(batch_norm=batch_norm)
+    model.num_classes = CLASSES  # as timm's models have it
     if dropout:
         model.insert(len(model) - 1, nn.Dropout(dropout))
     torch.manual_seed(world.rank)  # what the generators held before must not matter
@@ -276,3 +277,13 @@ def test_a_fixed_loss_scale_stays(tmp_path):
     [answer] = fork_ranks(train_rank, 1, tmp_path / "overflowing", True, changes)
     assert answer["scale"] == 2.0**32
     assert answer["skipped"] == UPDATES
+
+
+def test_mixing_is_the_same_on_any_number_of_ranks(tmp_path):
+    mixing = {"recipe.mixing": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0, "label_smoothing": 0.1}}
+    results = [fork_ranks(train_rank, size, tmp_path / str(size), False, mixing)[0]["state"] for size in (1, 2, 4)]
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+    plain = fork_ranks(train_rank, 1, tmp_path / "plain", False, {})[0]["state"]
+    assert not torch.allclose(plain["7.weight"], results[0]["7.weight"], rtol=1e-2)

@@ -56,14 +56,22 @@ def request_of(*ids: int, epoch: int | None = 0) -> Request:
     )
 
 
-def epoch_pixels(reader: ShardReader, rung: str, *, world_size: int, threads: int, prefetch: int) -> dict[int, bytes]:
+def epoch_pixels(
+    reader: ShardReader,
+    rung: str,
+    *,
+    world_size: int,
+    threads: int,
+    prefetch: int,
+    transform: Transform = TRANSFORM,
+) -> dict[int, bytes]:
     """The bytes of every sample of two epochs, by position in the stream."""
     order = Order(len(reader.split), seed=5)
     batch = Batch(train=16, micro=4, accumulation=4 // world_size, world_size=world_size)
     pixels: dict[int, bytes] = {}
     for rank in range(world_size):
-        requests = training_requests(order, batch, TRANSFORM, rank, 0, 16)
-        with Loader(reader, make_decoder(TRANSFORM, 5, rung), requests, threads=threads, prefetch=prefetch) as loader:
+        requests = training_requests(order, batch, transform, rank, 0, 16)
+        with Loader(reader, make_decoder(transform, 5, rung), requests, threads=threads, prefetch=prefetch) as loader:
             for index, micro_batch in enumerate(loader):
                 update, micro_step = divmod(index, batch.accumulation)
                 start = update * 16 + (rank * batch.accumulation + micro_step) * 4
@@ -79,6 +87,23 @@ def test_pixels_are_the_same_for_any_threads_and_ranks(reader, rung):
     assert sorted(expected) == list(range(256))
     for world_size, threads, prefetch in ((1, 8, 7), (2, 2, 1), (4, 3, 4)):
         assert epoch_pixels(reader, rung, world_size=world_size, threads=threads, prefetch=prefetch) == expected
+
+
+def test_augmented_pixels_and_sizes_are_the_same_for_any_threads_and_ranks(reader, rung):
+    transform = Transform.model_validate(
+        {
+            **TRANSFORM.model_dump(),
+            "auto_augment": {"kind": "rand"},
+            "color_jitter": {"brightness": 0.4, "saturation": 0.4},
+            "random_erasing": {"probability": 0.5, "fill": "noise"},
+            "progressive": [{"from_epoch": 0, "size": 16}, {"from_epoch": 1, "size": 20}],
+        }
+    )
+    expected = epoch_pixels(reader, rung, world_size=1, threads=1, prefetch=1, transform=transform)
+    sizes = [len(pixels) for _, pixels in sorted(expected.items())]
+    # of 130 images, the ninth update begins at position 128, still in the first epoch
+    assert sizes == [16 * 16 * 3] * 144 + [20 * 20 * 3] * 112
+    assert epoch_pixels(reader, rung, world_size=4, threads=8, prefetch=4, transform=transform) == expected
 
 
 @pytest.mark.parametrize("epoch", [None, 1])
