@@ -92,14 +92,14 @@ static bool write_entries(struct workspace *workspace, const uint8_t *image, siz
     struct walk walk;
     struct entry entry;
     int run = mcus_per_run(frame);
-    if (begin_walk(&walk, workspace, image, image_size, frame, run)) {
+    if (begin_walk(&walk, workspace, image, image_size, frame, 0)) {
         return false;
     }
     for (int row = 0; row < frame->mcus_down; row++) {
         for (int column = 0; column < frame->mcus_across; column += run) {
             int mcus = frame->mcus_across - column < run ? frame->mcus_across - column : run;
             walk_entry(&walk, &entry);
-            if (!write_entry(entries, frame->scan_offset, &entry) || !walk_mcus(&walk, mcus)) {
+            if (!write_entry(entries, frame->scan_offset, &entry) || !skip_mcus(&walk, mcus)) {
                 return false;
             }
             entries += ENTRY_BYTES;

@@ -45,9 +45,12 @@ static int find_symbol(const struct huffman_codes *codes, uint64_t bits, int *le
     return 0;
 }
 
-uint32_t slow_ac(const struct huffman_ac *table, uint64_t bits) {
-    int length;
-    unsigned symbol = (unsigned)find_symbol(&table->codes, bits, &length);
+uint32_t slow_ac(const struct huffman_ac *table, uint64_t bits, uint32_t entry) {
+    int length = (int)AC_LENGTH(entry);
+    unsigned symbol = entry >> 16;
+    if (AC_ADVANCE(entry) != ADVANCE_SLOW || !length) {
+        symbol = (unsigned)find_symbol(&table->codes, bits, &length);
+    }
     if (!length) {
         return ADVANCE_WRONG << 8;
     }
@@ -95,7 +98,7 @@ bool build_ac(struct huffman_ac *table, const struct huffman_spec *spec) {
                 }
             } else {
                 for (int k = 0; k < 1 << (AC_BITS - length); k++) {
-                    *entry++ = ADVANCE_SLOW << 8;
+                    *entry++ = (uint32_t)length | ADVANCE_SLOW << 8 | (uint32_t)*symbol << 16;
                 }
             }
         }
@@ -103,7 +106,29 @@ bool build_ac(struct huffman_ac *table, const struct huffman_spec *spec) {
     while (entry < end) {
         *entry++ = ADVANCE_SLOW << 8;
     }
+    table->can_skip = false;
     return true;
+}
+
+void build_skip(struct huffman_ac *table) {
+    if (table->can_skip) {
+        return;
+    }
+    for (uint32_t bits = 0; bits < 1 << AC_BITS; bits++) {
+        unsigned used = 0, advance = 0, ends = 0;
+        while (!ends) {
+            uint32_t entry = table->lookup[bits << used & ((1 << AC_BITS) - 1)];
+            unsigned step = AC_ADVANCE(entry), length = AC_LENGTH(entry);
+            if (step >= ADVANCE_SLOW || used + length > AC_BITS) {
+                break; /* it depends on bits that are not seen here */
+            }
+            used += length;
+            ends = step == ADVANCE_END;
+            advance += ends ? 0 : step;
+        }
+        table->skip[bits] = (uint16_t)((used && advance < SKIP_MANY ? advance : SKIP_MANY) | ends << 8 | used << 9);
+    }
+    table->can_skip = true;
 }
 
 bool build_dc(struct huffman_dc *table, const struct huffman_spec *spec) {

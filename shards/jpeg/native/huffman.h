@@ -15,7 +15,7 @@
 #define AC_ADVANCE(entry) ((entry) >> 8 & 255u)
 #define AC_VALUE(entry) ((int16_t)((entry) >> 16))
 #define ADVANCE_END 64u   /* the end of the block: no coefficient reaches so far */
-#define ADVANCE_SLOW 128u /* the entry does not hold the whole coefficient */
+#define ADVANCE_SLOW 128u /* the entry does not hold the whole coefficient, but the symbol, if its code is short enough */
 #define ADVANCE_WRONG 192u /* only from `slow_ac`: no such code */
 
 struct huffman_codes {
@@ -26,8 +26,17 @@ struct huffman_codes {
     int spec_size;          /* 0: nothing */
 };
 
+/* What may be skipped at once: bits 0-7 how far the position advances, SKIP_MANY if that cannot be said; bit 8 whether
+   the block ends then; 9-15 bits used up. */
+#define SKIP_ADVANCE(entry) ((entry) & 255u)
+#define SKIP_ENDS(entry) ((entry) >> 8 & 1u)
+#define SKIP_LENGTH(entry) ((unsigned)(entry) >> 9)
+#define SKIP_MANY 128u
+
 struct huffman_ac {
     uint32_t lookup[1 << AC_BITS];
+    uint16_t skip[1 << AC_BITS]; /* filled by `build_skip` */
+    bool can_skip;
     struct huffman_codes codes;
 };
 
@@ -41,8 +50,12 @@ struct huffman_dc {
 bool build_ac(struct huffman_ac *table, const struct huffman_spec *spec);
 bool build_dc(struct huffman_dc *table, const struct huffman_spec *spec);
 
-/* Any AC symbol, from at least 31 bits, the next one first; an entry as in the look-up, never ADVANCE_SLOW. */
-uint32_t slow_ac(const struct huffman_ac *table, uint64_t bits);
+/* Also fill the table that skips several symbols in one look-up. */
+void build_skip(struct huffman_ac *table);
+
+/* Any AC symbol, from at least 31 bits, the next one first, and what the look-up says of it; an entry as there, but
+   never ADVANCE_SLOW. */
+uint32_t slow_ac(const struct huffman_ac *table, uint64_t bits, uint32_t entry);
 
 /* Any DC symbol: an entry as in the look-up, 0 if there is no such code. */
 uint32_t slow_dc(const struct huffman_dc *table, uint64_t bits);

@@ -18,6 +18,7 @@ struct filter {
 struct kernels {
     const char *name;
     bool (*decode_run)(struct stream *stream, const struct run *run, const struct scan *scan);
+    bool (*skip_run)(struct stream *stream, const struct run *run, const struct scan *scan);
     bool (*decode_runs)(const struct run *runs, int count, const struct scan *scan);
 
     /* Inverse DCT of two blocks (libjpeg's "islow", jidctint.c): coefficients times steps, to 8 x 8 samples each. */

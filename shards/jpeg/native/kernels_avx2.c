@@ -247,6 +247,7 @@ static void resample_down_avx2(const uint8_t *rows, ptrdiff_t stride, const int1
 const struct kernels kernels_avx2 = {
     .name = "AVX2",
     .decode_run = decode_run_avx2,
+    .skip_run = skip_run_avx2,
     .decode_runs = decode_runs_avx2,
     .inverse_dct = inverse_dct_avx2,
     .double_width = double_width_avx2,

@@ -138,6 +138,7 @@ static void resample_down_plain(const uint8_t *rows, ptrdiff_t stride, const int
 const struct kernels kernels_plain = {
     .name = "portable C",
     .decode_run = decode_run_plain,
+    .skip_run = skip_run_plain,
     .decode_runs = decode_runs_plain,
     .inverse_dct = inverse_dct_plain,
     .double_width = double_width_plain,

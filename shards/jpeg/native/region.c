@@ -122,13 +122,20 @@ int decode_plain(struct region *region, const uint8_t *image, size_t image_size)
     if (!place_planes(region)) {
         return STATUS_NO_MEMORY;
     }
-    int status = begin_walk(&walk, region->workspace, image, image_size, frame, frame->mcus_across);
+    int width = region->last_column - region->first_column;
+    int status = begin_walk(&walk, region->workspace, image, image_size, frame, width);
     for (int row = 0; row < region->last_row && !status; row++) {
-        if (!walk_mcus(&walk, frame->mcus_across)) {
+        bool is_needed = row >= region->first_row;
+        int before = is_needed ? region->first_column : frame->mcus_across;
+        if (!skip_mcus(&walk, before) || (is_needed && !walk_mcus(&walk, width))) {
             status = STATUS_DAMAGED;
-        } else if (row >= region->first_row) {
-            transform_row(region, row, 0, (const int16_t *)(const void *)region->workspace->coefficients.bytes,
+            break;
+        }
+        if (is_needed) {
+            transform_row(region, row, region->first_column,
+                          (const int16_t *)(const void *)region->workspace->coefficients.bytes,
                           region->workspace->lengths.bytes);
+            status = skip_mcus(&walk, frame->mcus_across - region->last_column) ? 0 : STATUS_DAMAGED;
         }
     }
     if (!status) {

@@ -39,7 +39,10 @@ int begin_walk(struct walk *walk, struct workspace *workspace, const uint8_t *im
     if (status) {
         return status;
     }
-    size_t blocks = (size_t)most * (size_t)frame->blocks_per_mcu;
+    for (int c = 0; c < frame->components; c++) {
+        build_skip(&workspace->ac[frame->component[c].ac]);
+    }
+    size_t blocks = (size_t)(most > 0 ? most : 1) * (size_t)frame->blocks_per_mcu;
     if (!reserve(&workspace->bytes, image_size + RUN_PADDING) ||
         !reserve(&workspace->coefficients, blocks * BLOCK_SIZE * sizeof(int16_t)) ||
         !reserve(&workspace->lengths, blocks)) {
@@ -60,7 +63,9 @@ static bool pass_restart(struct walk *walk) {
     return is_used_up(walk) && walk->stop[1] == 0xD0 + number && open_segment(walk, walk->stop + 2);
 }
 
-bool walk_mcus(struct walk *walk, int mcus) {
+typedef bool (*pass_function)(struct stream *stream, const struct run *run, const struct scan *scan);
+
+static bool pass_mcus(struct walk *walk, int mcus, pass_function pass) {
     int16_t *coefficients = (int16_t *)(void *)walk->workspace->coefficients.bytes;
     uint8_t *lengths = walk->workspace->lengths.bytes;
     const int interval = walk->frame->restart_interval;
@@ -73,7 +78,7 @@ bool walk_mcus(struct walk *walk, int mcus) {
         walk->run.coefficients = walk->stream.block = coefficients;
         walk->run.lengths = walk->stream.length = lengths;
         walk->run.mcus = walk->stream.mcus = chunk;
-        if (!walk->workspace->kernels->decode_run(&walk->stream, walk->is_open ? NULL : &walk->run, &walk->scan)) {
+        if (!pass(&walk->stream, walk->is_open ? NULL : &walk->run, &walk->scan)) {
             return false;
         }
         walk->is_open = true;
@@ -94,6 +99,10 @@ bool walk_mcus(struct walk *walk, int mcus) {
     }
     return true;
 }
+
+bool walk_mcus(struct walk *walk, int mcus) { return pass_mcus(walk, mcus, walk->workspace->kernels->decode_run); }
+
+bool skip_mcus(struct walk *walk, int mcus) { return pass_mcus(walk, mcus, walk->workspace->kernels->skip_run); }
 
 void walk_entry(struct walk *walk, struct entry *entry) {
     *entry = (struct entry){.byte = (size_t)(walk->segment - walk->image)};

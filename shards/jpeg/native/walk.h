@@ -25,12 +25,15 @@ struct walk {
 /* The tables of a scan. Returns 0 or the reason for a refusal. */
 int prepare_scan(struct workspace *workspace, const struct frame *frame, struct scan *scan);
 
-/* Start at the first MCU, with room for the coefficients of `most` MCUs. Returns 0 or the reason for a refusal. */
+/* Start at the first MCU, with room to decode `most` MCUs at once. Returns 0 or the reason for a refusal. */
 int begin_walk(struct walk *walk, struct workspace *workspace, const uint8_t *image, size_t image_size,
                const struct frame *frame, int most);
 
 /* Decode the next MCUs into the workspace's coefficients, from the beginning of that buffer. False: damaged. */
 bool walk_mcus(struct walk *walk, int mcus);
+
+/* Pass the next MCUs, of which no coefficient is needed: in two thirds of the time. False: damaged. */
+bool skip_mcus(struct walk *walk, int mcus);
 
 /* The state between the last MCU and the next. */
 void walk_entry(struct walk *walk, struct entry *entry);
