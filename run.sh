@@ -85,12 +85,21 @@ set_up() {
     touch "$stamp"
 }
 
-# the C decoder, where it is missing or older than its sources, and there is a compiler now; training goes without, slower
+# The C decoder, where it is missing or older than its sources. Without it images are decoded by a slower rung, so a
+# failure is said once and not tried again until a source changes, or `./run.sh setup` is called.
 build_extension() {
-    local built=shards/jpeg/_native.abi3.so
-    [ -e "$built" ] && [ -z "$(find shards/jpeg/native -newer "$built" -print -quit)" ] && return
-    command -v "${CC:-cc}" >/dev/null || return 0
-    "$1" -c 'from setuptools import setup; setup()' --quiet build_ext --inplace &>/dev/null || true
+    local built=shards/jpeg/_native.abi3.so log=shards/jpeg/_native.log newest
+    newest=$(find shards/jpeg/native -type f -newer "$built" -print -quit 2>/dev/null || echo missing)
+    [ -e "$built" ] && [ -z "$newest" ] && return
+    [ -e "$log" ] && [ -z "$(find shards/jpeg/native -type f -newer "$log" -print -quit)" ] && return
+    rm -f "$built"
+    "$1" -c 'from setuptools import setup; setup()' build_ext --inplace --force &>"$log" || true
+    if [ -e "$built" ]; then
+        rm -f "$log"
+        touch "$built"
+    else
+        say "run.sh: the C decoder could not be built, images will be decoded by a slower one: $here/$log"
+    fi
 }
 
 if [ -n "${ONEHOUR_PYTHON:-}" ]; then
@@ -107,6 +116,7 @@ else
 fi
 (
     cd -- "$here"
+    [ "${1:-}" != setup ] || rm -f shards/jpeg/_native.log
     build_extension "$python"
 )
 

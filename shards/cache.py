@@ -2,8 +2,8 @@
 
 The name of a cached tar is its sha256, so a cache serves any number of data sets, and a shard that was written again
 at its address is another shard. A tar appears under its name only when its digest was right; from then on it is
-trusted. Beside it lie its sidecar files and the table of its samples, which are small, do not count as room, and stay
-when the tar goes. Everything in the folder can be removed while nobody uses it.
+trusted. Beside it lie its sidecar files and the table of its samples, which are small and do not count as room; the
+smallest stay when the tar goes. Everything in the folder can be removed while nobody uses it.
 """
 
 from __future__ import annotations

@@ -34,13 +34,6 @@ from shards.manifest import Shard
 SUFFIX = ".cropindex"
 
 
-MEND_EXTENSION = (
-    "Install a C compiler and Python's headers (Debian: apt install gcc python3-dev),",
-    "then: pip install -e .   or: ./run.sh setup",
-)
-"""What to do where `jpeg.unavailable` says that the C extension is not there."""
-
-
 @dataclass(frozen=True)
 class Counts:
     """What the crop index of a shard holds."""
@@ -65,10 +58,7 @@ def require_extension() -> None:
     """
     reason = jpeg.unavailable()
     if reason is not None:
-        raise UserError(
-            f"--decode: a crop index takes the C extension, which {reason}",
-            *MEND_EXTENSION,
-        )
+        raise UserError(f"--decode: a crop index takes the C extension, which {reason}", *jpeg.MEND)
 
 
 def open_index(tar: Path, sha256: str, samples: int | None = None) -> int | None:
@@ -130,7 +120,7 @@ def index_fault(tar: Path, samples: np.ndarray, sha256: str) -> str | None:
     try:
         spacing = _check_header(descriptor, tar, sha256, len(samples))
         if spacing != SPACING:
-            return f"is damaged: it says {spacing:,} pixels between entries, not {SPACING}"
+            return f"was made with {spacing:,} pixels between entries, not {SPACING}"
         for row, entry in enumerate(read_directory(descriptor, len(samples))):
             record = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
             fault = record_fault(record, row, int(samples["size"][row]))
@@ -151,14 +141,17 @@ def content_fault(tar: Path, samples: np.ndarray, sha256: str) -> str | None:
     fault = index_fault(tar, samples, sha256)
     if fault is not None or jpeg.unavailable() is not None:
         return fault
-    with opened(crop_index_path(tar)) as descriptor, opened(tar) as shard:
-        for row, entry in enumerate(read_directory(descriptor, len(samples))):
-            if not samples["size"][row]:
-                continue
-            record = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
-            image = _read_image(tar, shard, samples[row])
-            if record != jpeg.index_image(image, row):
-                return f"its record of image {row} is not the one that the image calls for"
+    try:
+        with opened(crop_index_path(tar)) as descriptor, opened(tar) as shard:
+            for row, entry in enumerate(read_directory(descriptor, len(samples))):
+                if not samples["size"][row]:
+                    continue
+                record = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
+                image = _read_image(tar, shard, samples[row])
+                if record != jpeg.index_image(image, row):
+                    return f"its record of image {row} is not the one that the image calls for"
+    except (UserError, OSError, ValueError) as error:
+        return f"cannot be compared with its shard: {error.headline if isinstance(error, UserError) else error}"
     return None
 
 

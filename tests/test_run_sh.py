@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOOLS = "bash sh dirname cat cksum tr sed rm mkdir cp touch".split()
+TOOLS = "bash sh dirname cat cksum tr sed rm mkdir cp touch find".split()
 # `pip` works unless the environment has the file no-pip; anything that is not set-up is written down
 PYTHON = """#!/bin/sh
 home=$(dirname "$0")/..
 case "$*" in
+*build_ext*)
+    echo "build" >> "$LOG-of-builds"
+    if [ -n "${BROKEN_COMPILER:-}" ]; then echo "error: Python.h"; exit 1; fi
+    touch shards/jpeg/_native.abi3.so ;;
 -c*) exit "${UNSUITABLE:-0}" ;;
 "-m venv "*)
     echo "venv" >> "$LOG"
@@ -51,6 +56,9 @@ class Machine:
         shutil.copy(ROOT / "run.sh", self.repo)
         for name in ("requirements.lock", "pyproject.toml"):
             (self.repo / name).write_text(name)
+        self.source = self.repo / "shards" / "jpeg" / "native" / "decode.c"
+        self.source.parent.mkdir(parents=True)
+        self.source.write_text("int x;")
         for tool in TOOLS:
             found = shutil.which(tool)
             assert found, tool
@@ -80,6 +88,13 @@ class Machine:
         )
         assert done.returncode == code, done.stdout
         return done.stdout
+
+    def builds(self) -> int:
+        """How often the C decoder was built, or tried to be, since the last call."""
+        path = self.log.with_name(f"{self.log.name}-of-builds")
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return len(lines)
 
     def done(self) -> list[str]:
         """What the stubs were asked for since the last call."""
@@ -191,3 +206,37 @@ def test_onehour_python_is_used_as_it_is(machine):
             assert line.endswith(f" | in {folder} | PYTHONPATH={machine.repo}:theirs")
     machine.run("setup", ONEHOUR_PYTHON="python3")
     assert not machine.venv.exists() and machine.done() == []
+
+
+def make_newer(path: Path) -> None:
+    later = time.time() + 5
+    os.utime(path, (later, later))
+
+
+def test_the_c_decoder_is_built_when_it_is_missing_or_older_than_a_source(machine):
+    built = machine.repo / "shards" / "jpeg" / "_native.abi3.so"
+    machine.run("plan", "x")
+    assert built.exists() and machine.builds() == 1
+    machine.run("plan", "x")
+    make_newer(machine.source.parent)  # an editor's scratch file has come and gone
+    machine.run("plan", "x")
+    assert machine.builds() == 0
+    make_newer(machine.source)
+    machine.run("plan", "x", ONEHOUR_PYTHON=str(machine.stubs / "python3"))
+    assert machine.builds() == 1
+
+
+def test_a_c_decoder_that_cannot_be_built_is_said_once_and_costs_nothing_more(machine):
+    built, log = (machine.repo / "shards" / "jpeg" / name for name in ("_native.abi3.so", "_native.log"))
+    machine.run("plan", "x")
+    machine.builds()
+    make_newer(machine.source)
+    said = machine.run("plan", "x", BROKEN_COMPILER="1")
+    assert "could not be built" in said and str(log) in said and "Python.h" in log.read_text()
+    assert not built.exists(), "one of other sources must not be used"
+    make_newer(log)
+    assert "could not be built" not in machine.run("plan", "x", BROKEN_COMPILER="1")
+    assert machine.builds() == 1
+    assert "could not be built" in machine.run("setup", BROKEN_COMPILER="1"), "asked for, it is tried again"
+    machine.run("setup")
+    assert built.exists() and not log.exists() and machine.builds() == 2

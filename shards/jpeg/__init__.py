@@ -16,11 +16,17 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 1
-"""Of the interface between this module and the C code."""
+VERSION = 2
+"""Of the interface between this module and the C code; raised with it, on both sides."""
+
+MEND = (
+    "Install a C compiler and Python's headers (Debian: apt install gcc python3-dev), then: ./run.sh setup, or",
+    "python -c 'from setuptools import setup; setup()' build_ext --inplace   which shows what goes wrong",
+)
+"""How to get the extension, in lines."""
 
 EXTENT_DTYPE = np.dtype(
-    [("offset", "<u8"), ("size", "<u4"), ("descriptor", "<i4"), ("index_descriptor", "<i4"), ("row", "<u4")]
+    [("offset", "u8"), ("size", "u4"), ("descriptor", "i4"), ("index_descriptor", "i4"), ("row", "u4")]
 )
 """Where an encoded image lies in an open file, in bytes; and its crop index record: an open index file, or -1, and the
 row of the image in its shard."""
@@ -33,14 +39,14 @@ _reason: str | None = None
 try:
     _built = importlib.import_module("shards.jpeg._native")
 except ModuleNotFoundError:
-    _reason = "was not built: there was no C compiler when onehour was installed"
+    _reason = "was not built when onehour was installed"
 except ImportError as error:
     _reason = f"cannot be loaded: {error}"
 else:
     if getattr(_built, "VERSION", None) == VERSION:
         _extension_module = _built
     else:
-        _reason = "was built from other sources than these"
+        _reason = "is of another version than the sources: it has to be built again"
 
 
 class Status(IntEnum):
@@ -60,6 +66,8 @@ class Status(IntEnum):
     UNREADABLE = -4
     """The file could not be read, or is shorter than it should be."""
     NO_MEMORY = -5
+    STOPPED = -6
+    """Not tried, because `stop` was set."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,13 @@ def describe() -> str:
 
 
 def decode_files(
-    extents: np.ndarray, out: np.ndarray, status: np.ndarray, views: Views, epochs: np.ndarray, samples: np.ndarray
+    extents: np.ndarray,
+    out: np.ndarray,
+    status: np.ndarray,
+    views: Views,
+    epochs: np.ndarray,
+    samples: np.ndarray,
+    stop: np.ndarray | None = None,
 ) -> None:
     """Read and decode the training views of some images, without the interpreter's lock.
 
@@ -103,14 +117,19 @@ def decode_files(
         status: int32 [n], written: a `Status` for each image.
         views: what to show.
         epochs, samples: int64 [n], the keys of the views.
+        stop: uint8 [1]; another thread sets it to end the call after the image under way.
     """
-    _extension().load_files(views.pack(out.shape[1]), extents, epochs, samples, out, status)
+    _check(extents, status, epochs, samples)
+    _extension().load_files(views.pack(out.shape[1]), extents, epochs, samples, out, status, stop)
 
 
-def evaluate_files(extents: np.ndarray, out: np.ndarray, status: np.ndarray, resize: int) -> None:
+def evaluate_files(
+    extents: np.ndarray, out: np.ndarray, status: np.ndarray, resize: int, stop: np.ndarray | None = None
+) -> None:
     """`decode_files` for evaluation: the short side scaled to `resize`, and the centre cut out of that."""
     unused = np.zeros(len(extents), np.int64)
-    _extension().load_files(_evaluation(out.shape[1], resize), extents, unused, unused, out, status)
+    _check(extents, status, unused, unused)
+    _extension().load_files(_evaluation(out.shape[1], resize), extents, unused, unused, out, status, stop)
 
 
 def decode_bytes(
@@ -167,6 +186,13 @@ def draw_view(views: Views, size: int, width: int, height: int, epoch: int, samp
 def choose_variant(name: str) -> None:
     """Use other inner loops than the best ones for this processor, e.g. ``portable C``; for tests."""
     _extension().variant(name)
+
+
+def _check(extents: np.ndarray, status: np.ndarray, epochs: np.ndarray, samples: np.ndarray) -> None:
+    """The types of arrays; their sizes and layout are checked where their memory is used."""
+    for array, wanted in ((extents, EXTENT_DTYPE), (status, np.int32), (epochs, np.int64), (samples, np.int64)):
+        if array.dtype != wanted:
+            raise TypeError(f"an array of {np.dtype(wanted)} is needed, this is one of {array.dtype}")
 
 
 def _evaluation(size: int, resize: int) -> tuple[Any, ...]:

@@ -156,8 +156,8 @@ def test_evaluation_is_the_middle_of_the_scaled_image(variant, width, height, re
     data = write_jpeg(width, height, ((2, 2), (1, 1), (1, 1)), np.random.default_rng(7), density=0.03)
     image = F.center_crop(F.resize(Image.open(io.BytesIO(data)), [resize], antialias=True), [24, 24])
     out = np.zeros((24, 24, 3), np.uint8)
-    for record in (b"", jpeg.index_image(data)):
-        assert jpeg.evaluate_bytes(data, out, resize, record) >= 0
+    for record, wanted in ((b"", Status.PLAIN), (jpeg.index_image(data), Status.INDEXED)):
+        assert jpeg.evaluate_bytes(data, out, resize, record) is wanted
         difference = np.abs(out.astype(int) - np.asarray(image))
         assert difference.max() <= 1
 
@@ -266,6 +266,57 @@ def test_a_scan_cut_anywhere_is_damaged_or_whole():
         assert pixels is None or (cut >= len(data) - 1 and np.array_equal(pixels, expected)), cut
         record = jpeg.index_image(data[:cut])
         assert len(record) == 32 or cut >= len(data) - 1
+
+
+def test_fill_bytes_before_restart_markers_are_passed():
+    data = write_jpeg(131, 97, ((2, 2), (1, 1), (1, 1)), np.random.default_rng(13), restart_interval=5)
+    start = data.index(b"\xff\xda")
+    for number in range(0xD0, 0xD8):
+        data = data[:start] + data[start:].replace(bytes((0xFF, number)), bytes((0xFF, 0xFF, 0xFF, number)))
+    assert_same_pixels(data, np.random.default_rng(14))
+
+
+@pytest.mark.parametrize("position", ["before the frame", "between tables"])
+def test_the_last_definition_of_a_table_counts_and_other_segments_are_passed(position):
+    data = write_jpeg(60, 50, ((1, 1),) * 3, np.random.default_rng(15))
+    table = data.index(b"\xff\xdb")
+    wrong = b"\xff\xdb\x00\x43\x00" + bytes(range(1, 65))
+    comment = b"\xff\xfe\x00\x05odd" + b"\xff\xe5\x00\x02" + b"\xff"  # a fill byte at the end
+    place = table if position == "between tables" else 2
+    assert_same_pixels(data[:place] + wrong + comment + data[place:], np.random.default_rng(16))
+
+
+def test_a_call_ends_when_it_is_told_to(tmp_path):
+    data = write_jpeg(60, 50, ((1, 1),) * 3, np.random.default_rng(17))
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    descriptor = os.open(path, os.O_RDONLY)
+    extents = np.zeros(3, EXTENT_DTYPE)
+    extents["size"], extents["descriptor"], extents["index_descriptor"] = len(data), descriptor, -1
+    out, status, ids = np.zeros((3, 8, 8, 3), np.uint8), np.zeros(3, np.int32), np.arange(3)
+    for stop, wanted in (
+        (None, Status.PLAIN),
+        (np.zeros(1, np.uint8), Status.PLAIN),
+        (np.ones(1, np.uint8), Status.STOPPED),
+    ):
+        jpeg.decode_files(extents, out, status, views(), ids, ids, stop)
+        assert status.tolist() == [wanted] * 3
+        jpeg.evaluate_files(extents, out, status, 9, stop)
+        assert status.tolist() == [wanted] * 3
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("wrong", ["status", "epochs", "samples", "extents"])
+def test_arrays_of_the_wrong_type_are_refused(wrong):
+    arrays = {
+        "extents": np.zeros(1, EXTENT_DTYPE),
+        "status": np.zeros(1, np.int32),
+        "epochs": np.zeros(1, np.int64),
+        "samples": np.zeros(1, np.int64),
+    }
+    arrays[wrong] = np.zeros(1, np.float32)
+    with pytest.raises(TypeError, match="float32"):
+        jpeg.decode_files(out=np.zeros((1, 8, 8, 3), np.uint8), views=views(), **arrays)
 
 
 def test_buffers_of_the_wrong_size_are_refused():

@@ -21,7 +21,7 @@ static void write64(uint8_t *bytes, uint64_t value) {
     write32(bytes + 4, (uint32_t)(value >> 32));
 }
 
-int mcus_per_run(const struct frame *frame) {
+static int mcus_per_run(const struct frame *frame) {
     int mcus = (ENTRY_SPACING + frame->mcu_width / 2) / frame->mcu_width;
     return mcus < 1 ? 1 : mcus;
 }
@@ -86,27 +86,28 @@ static bool write_entry(uint8_t *to, size_t scan_offset, const struct entry *ent
     return true;
 }
 
-/* Decode the whole scan and note the state before each run; false if the image cannot be indexed. */
-static bool write_entries(struct workspace *workspace, const uint8_t *image, size_t image_size,
+/* Decode the whole scan and note the state before each run. Returns 0, or the reason why the image is not indexed. */
+static int write_entries(struct workspace *workspace, const uint8_t *image, size_t image_size,
                           const struct frame *frame, uint8_t *entries) {
     struct walk walk;
     struct entry entry;
     int run = mcus_per_run(frame);
-    if (begin_walk(&walk, workspace, image, image_size, frame, 0)) {
-        return false;
+    int status = begin_walk(&walk, workspace, image, image_size, frame, 0);
+    if (status) {
+        return status;
     }
     for (int row = 0; row < frame->mcus_down; row++) {
         for (int column = 0; column < frame->mcus_across; column += run) {
             int mcus = frame->mcus_across - column < run ? frame->mcus_across - column : run;
             walk_entry(&walk, &entry);
             if (!write_entry(entries, frame->scan_offset, &entry) || !skip_mcus(&walk, mcus)) {
-                return false;
+                return STATUS_DAMAGED;
             }
             entries += ENTRY_BYTES;
         }
     }
     walk_entry(&walk, &entry);
-    return write_entry(entries, frame->scan_offset, &entry);
+    return write_entry(entries, frame->scan_offset, &entry) ? 0 : STATUS_UNSUPPORTED;
 }
 
 const uint8_t *build_record(struct workspace *workspace, const uint8_t *image, size_t image_size, uint32_t row,
@@ -122,8 +123,12 @@ const uint8_t *build_record(struct workspace *workspace, const uint8_t *image, s
     if (!record) {
         return NULL;
     }
-    if (!status && !write_entries(workspace, image, image_size, &frame, record + RECORD_HEADER)) {
-        entries = 0;
+    if (!status) {
+        status = write_entries(workspace, image, image_size, &frame, record + RECORD_HEADER);
+        if (status == STATUS_NO_MEMORY) {
+            return NULL; /* which says nothing about the image */
+        }
+        entries = status ? 0 : entries;
     }
     *record_size = RECORD_HEADER + ENTRY_BYTES * entries;
     memset(record, 0, RECORD_HEADER);

@@ -39,8 +39,6 @@ bool is_record_without_entries(const uint8_t *record, size_t record_size, uint32
 /* The state before run `number`; the state at the end of the scan for the number of runs. */
 void read_entry(const struct crop_index *index, size_t number, struct entry *entry);
 
-int mcus_per_run(const struct frame *frame);
-
 struct workspace;
 
 /* The record of an image, in memory of the workspace: its address and size; NULL if there is no memory. */

@@ -58,13 +58,19 @@ static inline size_t bits_used(const struct stream *stream, const uint8_t *start
     return (size_t)(stream->next - start) * 8 - stream->count;
 }
 
+/* Whether less than a byte is left over, as before a marker. */
+static inline bool is_used_up(const struct stream *stream, const struct run *run) {
+    size_t used = bits_used(stream, run->bytes), size = run->size * 8;
+    return used <= size && used + 8 > size;
+}
+
 /* Whether a stream stands where its run should end. */
 static inline bool ends_well(const struct stream *stream, const struct run *run) {
-    size_t used = bits_used(stream, run->bytes), size = run->size * 8;
     if (run->ends_padded) {
-        return used <= size && used + 8 > size;
+        return is_used_up(stream, run);
     }
-    if (used != (run->end_bits ? size - 8 + run->end_bits : size)) {
+    size_t whole = run->end_bits ? run->size - 1 : run->size;
+    if (bits_used(stream, run->bytes) != whole * 8 + run->end_bits) {
         return false;
     }
     for (int c = 0; c < MAX_COMPONENTS; c++) {

@@ -36,10 +36,11 @@ int read_image(struct workspace *workspace, const struct extent *extent) {
 int read_record(struct workspace *workspace, const struct extent *extent, size_t *size) {
     uint8_t entry[DIRECTORY_ENTRY];
     *size = 0;
-    if (!read_all(extent->index_descriptor, entry, sizeof entry, FILE_HEADER + DIRECTORY_ENTRY * (uint64_t)extent->row)) {
+    uint64_t offset = FILE_HEADER + DIRECTORY_ENTRY * (uint64_t)extent->row;
+    if (!read_all(extent->index_descriptor, entry, sizeof entry, offset)) {
         return 0;
     }
-    uint64_t offset = 0;
+    offset = 0;
     size_t length = 0;
     for (int i = 7; i >= 0; i--) {
         offset = offset << 8 | entry[i];

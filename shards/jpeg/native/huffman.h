@@ -15,7 +15,7 @@
 #define AC_ADVANCE(entry) ((entry) >> 8 & 255u)
 #define AC_VALUE(entry) ((int16_t)((entry) >> 16))
 #define ADVANCE_END 64u   /* the end of the block: no coefficient reaches so far */
-#define ADVANCE_SLOW 128u /* the entry does not hold the whole coefficient, but the symbol, if its code is short enough */
+#define ADVANCE_SLOW 128u /* the entry does not hold the coefficient, but length and symbol of a code short enough */
 #define ADVANCE_WRONG 192u /* only from `slow_ac`: no such code */
 
 struct huffman_codes {

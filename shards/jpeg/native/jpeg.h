@@ -29,6 +29,7 @@ enum status {
     STATUS_TOO_LARGE = -3,
     STATUS_UNREADABLE = -4,  /* the file could not be read, or is shorter than it should be */
     STATUS_NO_MEMORY = -5,
+    STATUS_STOPPED = -6,     /* not tried: the caller does not want the rest any more */
 };
 
 #define MAX_PIXELS 89478485u /* from here on Pillow warns of a decompression bomb: it shall have its say */

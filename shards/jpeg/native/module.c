@@ -1,5 +1,5 @@
-/* What Python sees. Arguments are checked by shards/jpeg/__init__.py, which alone calls this; sizes of buffers are
-   checked here all the same. The interpreter's lock is released while images are read and decoded. */
+/* What Python sees; shards/jpeg/__init__.py alone calls it, and checks the types of arrays. The interpreter's lock is
+   released while images are read, decoded for training or evaluation, and indexed. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -11,8 +11,8 @@
 #include "region.h"
 
 /* Workspaces that no thread uses at the moment; the interpreter's lock guards them. */
-#define MOST_IDLE 256
-#define MOST_KEPT (64u << 20) /* bytes: one that a huge image has inflated is freed */
+#define MOST_IDLE 64
+#define MOST_KEPT (32u << 20) /* bytes: one that a huge image has inflated is freed */
 
 static struct workspace *idle[MOST_IDLE];
 static int idle_count;
@@ -65,26 +65,37 @@ static int as_transform(PyObject *packed, void *to) {
     transform->flip = flip;
     transform->key[0] = key[0];
     transform->key[1] = key[1];
-    return check(transform->size > 0 && transform->size <= LONGEST_SIDE && transform->padding >= 0 &&
-                     transform->padding <= LONGEST_SIDE && transform->evaluation_resize >= transform->size &&
-                     transform->evaluation_resize <= LONGEST_SIDE,
-                 "sizes must be from 1 to 32,767 pixels");
+    if (!check(crop >= CROP_RESIZED && crop <= CROP_EVALUATION, "no such way of cropping") ||
+        !check(transform->size > 0 && transform->size <= LONGEST_SIDE && transform->padding >= 0 &&
+                   transform->padding <= LONGEST_SIDE && transform->evaluation_resize <= LONGEST_SIDE,
+               "sizes must be from 1 to 32,767 pixels") ||
+        !check(transform->evaluation_resize >= transform->size, "the image is scaled to less than is cut out of it")) {
+        return 0;
+    }
+    for (int i = 0; i < 2 && transform->crop == CROP_RESIZED; i++) {
+        if (!check(transform->scale[i] > 0 && transform->scale[i] <= 1, "scale must be shares of the area") ||
+            !check(transform->ratio[i] > 0 && transform->ratio[i] < 1e4, "ratio must be of width to height")) {
+            return 0;
+        }
+    }
+    return 1;
 }
 
-/* load_files(transform, extents, epochs, samples, out, status) */
+/* load_files(transform, extents, epochs, samples, out, status, stop); stop is a byte that ends the call, or None */
 static PyObject *load_files(PyObject *module, PyObject *args) {
     (void)module;
     struct transform transform;
-    Py_buffer extents, epochs, samples, out, status;
-    if (!PyArg_ParseTuple(args, "O&y*y*y*w*w*", as_transform, &transform, &extents, &epochs,
-                          &samples, &out, &status)) {
+    Py_buffer extents, epochs, samples, out, status, stop;
+    if (!PyArg_ParseTuple(args, "O&y*y*y*w*w*z*", as_transform, &transform, &extents, &epochs, &samples, &out, &status,
+                          &stop)) {
         return NULL;
     }
     Py_ssize_t count = extents.len / (Py_ssize_t)sizeof(struct extent);
     Py_ssize_t pixels = (Py_ssize_t)transform.size * transform.size * 3;
     struct workspace *workspace = NULL;
     if (check(extents.len % (Py_ssize_t)sizeof(struct extent) == 0 && epochs.len == 8 * count &&
-                  samples.len == 8 * count && status.len == 4 * count && out.len == pixels * count,
+                  samples.len == 8 * count && status.len == 4 * count && out.len == pixels * count &&
+                  (!stop.buf || stop.len == 1),
               "buffers of different lengths") &&
         (workspace = take_workspace())) {
         Py_BEGIN_ALLOW_THREADS
@@ -96,7 +107,8 @@ static PyObject *load_files(PyObject *module, PyObject *args) {
             memcpy(&epoch, (const char *)epochs.buf + 8 * i, sizeof epoch);
             memcpy(&sample, (const char *)samples.buf + 8 * i, sizeof sample);
             bool is_indexed = extent.index_descriptor >= 0;
-            int32_t result = read_image(workspace, &extent);
+            bool is_stopped = stop.buf && __atomic_load_n((const uint8_t *)stop.buf, __ATOMIC_RELAXED);
+            int32_t result = is_stopped ? STATUS_STOPPED : read_image(workspace, &extent);
             if (!result && is_indexed) {
                 result = read_record(workspace, &extent, &record_size);
             }
@@ -118,6 +130,7 @@ static PyObject *load_files(PyObject *module, PyObject *args) {
     PyBuffer_Release(&samples);
     PyBuffer_Release(&out);
     PyBuffer_Release(&status);
+    PyBuffer_Release(&stop);
     if (!workspace) {
         return NULL;
     }
@@ -242,6 +255,9 @@ static PyObject *draw(PyObject *module, PyObject *args) {
                           &sample)) {
         return NULL;
     }
+    if (!check(width > 0 && height > 0, "an image has pixels")) {
+        return NULL;
+    }
     draw_view(&transform, width, height, epoch, sample, &view);
     return Py_BuildValue("(iiiiiiiii)", view.left, view.top, view.width, view.height, view.scaled_width,
                          view.scaled_height, view.shift_left, view.shift_top, (int)view.flip);
@@ -282,8 +298,8 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
     chosen = best_kernels();
-    /* Python and C are released together; what was built from other sources is not used */
-    if (module && PyModule_AddIntConstant(module, "VERSION", 1)) {
+    /* raised with every change of this interface, as in shards/jpeg/__init__.py */
+    if (module && PyModule_AddIntConstant(module, "VERSION", 2)) {
         Py_DECREF(module);
         return NULL;
     }

@@ -21,6 +21,9 @@ size_t unstuff(const uint8_t *from, const uint8_t *end, const uint8_t *file_end,
         *to++ = 0xFF;
         from += 2;
     }
+    while (from < end && file_end - from > 2 && from[0] == 0xFF && from[1] == 0xFF) {
+        from++; /* fill bytes before a marker (T.81, B.1.1.2) */
+    }
     *stop = from;
     memset(to, 0, RUN_PADDING);
     return (size_t)(to - start);

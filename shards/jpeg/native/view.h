@@ -1,4 +1,5 @@
-/* Which part of an image is shown: pipeline/augment.py in C, drawing the same numbers from the same key. */
+/* Which part of an image is shown: pipeline/augment.py in C, drawing the same numbers from the same key. It is here
+   because the crop depends on the image's size, which is known only once its header has been read. */
 #ifndef ONEHOUR_VIEW_H
 #define ONEHOUR_VIEW_H
 

@@ -51,21 +51,15 @@ int begin_walk(struct walk *walk, struct workspace *workspace, const uint8_t *im
     return open_segment(walk, image + frame->scan_offset) ? 0 : STATUS_DAMAGED;
 }
 
-/* Bits that are left over at a marker: fewer than a byte. */
-static bool is_used_up(const struct walk *walk) {
-    size_t used = bits_used(&walk->stream, walk->run.bytes), size = walk->run.size * 8;
-    return used <= size && used + 8 > size;
-}
-
 /* Pass the restart marker that is due, whose number must be the right one. */
 static bool pass_restart(struct walk *walk) {
     unsigned number = (unsigned)(walk->mcus / walk->frame->restart_interval - 1) & 7;
-    return is_used_up(walk) && walk->stop[1] == 0xD0 + number && open_segment(walk, walk->stop + 2);
+    return is_used_up(&walk->stream, &walk->run) && walk->stop[1] == 0xD0 + number &&
+           open_segment(walk, walk->stop + 2);
 }
 
-typedef bool (*pass_function)(struct stream *stream, const struct run *run, const struct scan *scan);
-
-static bool pass_mcus(struct walk *walk, int mcus, pass_function pass) {
+static bool pass_mcus(struct walk *walk, int mcus, bool keep) {
+    const struct kernels *kernels = walk->workspace->kernels;
     int16_t *coefficients = (int16_t *)(void *)walk->workspace->coefficients.bytes;
     uint8_t *lengths = walk->workspace->lengths.bytes;
     const int interval = walk->frame->restart_interval;
@@ -78,20 +72,21 @@ static bool pass_mcus(struct walk *walk, int mcus, pass_function pass) {
         walk->run.coefficients = walk->stream.block = coefficients;
         walk->run.lengths = walk->stream.length = lengths;
         walk->run.mcus = walk->stream.mcus = chunk;
-        if (!pass(&walk->stream, walk->is_open ? NULL : &walk->run, &walk->scan)) {
+        const struct run *run = walk->is_open ? NULL : &walk->run;
+        if (!(keep ? kernels->decode_run : kernels->skip_run)(&walk->stream, run, &walk->scan)) {
             return false;
         }
         walk->is_open = true;
         walk->mcus += chunk;
         mcus -= chunk;
-        size_t blocks = (size_t)chunk * (size_t)walk->scan.blocks;
+        size_t blocks = keep ? (size_t)chunk * (size_t)walk->scan.blocks : 0;
         coefficients += blocks * BLOCK_SIZE;
         lengths += blocks;
         if (bits_used(&walk->stream, walk->run.bytes) > walk->run.size * 8) {
             return false;
         }
         if (walk->mcus == total) {
-            return is_used_up(walk);
+            return is_used_up(&walk->stream, &walk->run);
         }
         if (interval && walk->mcus % interval == 0 && !pass_restart(walk)) {
             return false;
@@ -100,9 +95,9 @@ static bool pass_mcus(struct walk *walk, int mcus, pass_function pass) {
     return true;
 }
 
-bool walk_mcus(struct walk *walk, int mcus) { return pass_mcus(walk, mcus, walk->workspace->kernels->decode_run); }
+bool walk_mcus(struct walk *walk, int mcus) { return pass_mcus(walk, mcus, true); }
 
-bool skip_mcus(struct walk *walk, int mcus) { return pass_mcus(walk, mcus, walk->workspace->kernels->skip_run); }
+bool skip_mcus(struct walk *walk, int mcus) { return pass_mcus(walk, mcus, false); }
 
 void walk_entry(struct walk *walk, struct entry *entry) {
     *entry = (struct entry){.byte = (size_t)(walk->segment - walk->image)};
