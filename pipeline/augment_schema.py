@@ -12,6 +12,11 @@ from pydantic import Field, model_validator
 
 from pipeline.section import Section, lists_to_tuples
 
+IMAGE_AUGMENT_NAME = "image-augment-v1"
+MIXING_NAME = "mixing-v1"
+"""Names and versions of how images are changed and mixed; saved with checkpoints where a section is on, like
+`augment.VIEWS_NAME`."""
+
 MAGNITUDES = 31
 """Strengths that RandAugment and TrivialAugment divide each operation into."""
 
@@ -19,7 +24,7 @@ MAGNITUDES = 31
 class ColorJitter(Section):
     """Brightness, contrast, saturation and hue changed by random factors, in random order (torchvision)."""
 
-    brightness: float = Field(0, ge=0, description="factors from 1 - x to 1 + x")
+    brightness: float = Field(0, ge=0, description="factors from max(0, 1 - x) to 1 + x")
     contrast: float = Field(0, ge=0)
     saturation: float = Field(0, ge=0)
     hue: float = Field(0, ge=0, le=0.5, description="turns of the colour circle, from -x to x")
@@ -89,4 +94,7 @@ class Mixing(Section):
     def _mixes(self) -> Mixing:
         if not (self.mixup_alpha or self.cutmix_alpha):
             raise ValueError("mixes nothing: give mixup_alpha or cutmix_alpha, or leave the section out")
+        switches = self.switch_probability != type(self).model_fields["switch_probability"].default
+        if switches and not (self.mixup_alpha and self.cutmix_alpha):
+            raise ValueError("switch_probability is of CutMix where mixup is on too: give both alphas, or leave it out")
         return self

@@ -180,8 +180,10 @@ def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     """The names of the fields of the section at `location` inside `model`."""
     current: Any = model
     for part in location:
+        if part.isdigit():  # into a list of sections, whose own type has been found already
+            continue
         field = getattr(current, "model_fields", {}).get(part)
         current = field.annotation if field is not None else None
-        for choice in get_args(current):  # of a section that may be absent
+        for choice in get_args(current):  # of a section that may be absent, or of a list
             current = choice if hasattr(choice, "model_fields") else current
     return list(getattr(current, "model_fields", {}))

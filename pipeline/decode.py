@@ -20,7 +20,15 @@ from pipeline.schema import DecoderChoice, Transform
 from pipeline.tally import Tally
 from shards.jpeg import Status
 
-__all__ = ["DecodeError", "Decoder", "PillowDecoder", "make_decoder"]
+__all__ = ["AugmentError", "DecodeError", "Decoder", "PillowDecoder", "make_decoder"]
+
+
+class AugmentError(Exception):
+    """An image was decoded, and changing it failed; the cause says how."""
+
+    def __init__(self, sample: int, epoch: int) -> None:
+        super().__init__(f"sample {sample} cannot be augmented in epoch {epoch}")
+        self.sample = sample
 
 
 class ImageDecoder(Protocol):
@@ -61,7 +69,13 @@ class Decoder:
         return isinstance(self._decoders[0], NativeDecoder)
 
     def files(
-        self, extents: np.ndarray, out: np.ndarray, epochs: np.ndarray | None, samples: np.ndarray, tally: Tally
+        self,
+        extents: np.ndarray,
+        out: np.ndarray,
+        epochs: np.ndarray | None,
+        samples: np.ndarray,
+        tally: Tally,
+        stop: np.ndarray | None = None,
     ) -> np.ndarray:
         """Read and decode images without Python, as far as that goes.
 
@@ -71,17 +85,21 @@ class Decoder:
             epochs: int64 [n], with `samples` the keys of training views; None for evaluation.
             samples: int64 [n].
             tally: counts what was decoded.
+            stop: uint8 [1]; another thread sets it to end the call after the image under way.
 
         Returns:
-            The slots that are left to `image`, ascending: not read, or refused.
+            The slots that are left to `image`, ascending: not read, refused, or not tried because of `stop`.
+
+        Raises:
+            AugmentError: changing an image failed.
         """
         (native, *_) = self._decoders
         assert isinstance(native, NativeDecoder), "there is no rung that reads files"
-        status = native.files(extents, out, epochs, samples)
+        status = native.files(extents, out, epochs, samples, stop)
         left = np.flatnonzero(status < 0)
         if self._augmentation is not None and epochs is not None:
             for slot in np.flatnonzero(status >= 0).tolist():
-                self._augmentation.apply(out[slot], int(epochs[slot]), int(samples[slot]))
+                self._augment(out[slot], int(epochs[slot]), int(samples[slot]))
         tally.add("native", len(status) - len(left))
         tally.add("indexed", int(np.count_nonzero(status == Status.INDEXED)))
         tally.add("stale", int(np.count_nonzero(status == Status.STALE)))
@@ -99,6 +117,7 @@ class Decoder:
 
         Raises:
             DecodeError: not an image, or a damaged one.
+            AugmentError: changing the image failed.
         """
         for rung, decoder in zip(self.rungs, self._decoders, strict=True):
             try:
@@ -111,8 +130,16 @@ class Decoder:
             else:
                 tally.add(rung)
                 break
-        if self._augmentation is not None and epoch is not None:
-            self._augmentation.apply(out, epoch, sample)
+        if epoch is not None:
+            self._augment(out, epoch, sample)
+
+    def _augment(self, pixels: np.ndarray, epoch: int, sample: int) -> None:
+        if self._augmentation is None:
+            return
+        try:
+            self._augmentation.apply(pixels, epoch, sample)
+        except Exception as error:
+            raise AugmentError(sample, epoch) from error
 
 
 def make_decoder(transform: Transform, seed: int, choice: DecoderChoice = "auto") -> Decoder:

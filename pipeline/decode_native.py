@@ -25,7 +25,14 @@ class NativeDecoder:
             flip=transform.flip,
         )
 
-    def files(self, extents: np.ndarray, out: np.ndarray, epochs: np.ndarray | None, samples: np.ndarray) -> np.ndarray:
+    def files(
+        self,
+        extents: np.ndarray,
+        out: np.ndarray,
+        epochs: np.ndarray | None,
+        samples: np.ndarray,
+        stop: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Decode images that lie in open files.
 
         Args:
@@ -33,15 +40,16 @@ class NativeDecoder:
             out: uint8 [n, size, size, 3], contiguous, written in place.
             epochs: int64 [n], of training views; None for evaluation.
             samples: int64 [n].
+            stop: uint8 [1]; another thread sets it to end the call after the image under way.
 
         Returns:
             int32 [n], a `jpeg.Status` for each image.
         """
         status = np.empty(len(extents), np.int32)
         if epochs is None:
-            jpeg.evaluate_files(extents, out, status, self.transform.evaluation_resize)
+            jpeg.evaluate_files(extents, out, status, self.transform.evaluation_resize, stop=stop)
         else:
-            jpeg.decode_files(extents, out, status, self._views, epochs, samples)
+            jpeg.decode_files(extents, out, status, self._views, epochs, samples, stop=stop)
         return status
 
     def train(self, data: bytes, out: np.ndarray, epoch: int, sample: int) -> None:

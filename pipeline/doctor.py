@@ -25,7 +25,7 @@ from shards.errors import UserError
 from shards.index import Split
 
 SAMPLE = 256
-"""Images that are decoded for a check, spread over the training split."""
+"""Images that are decoded for a check, spread over a split."""
 
 Verdict = Literal["good", "slow", "wrong"]
 MARKS: dict[Verdict, str] = {"good": "✓", "slow": "!", "wrong": "✗"}
@@ -129,7 +129,7 @@ def _crop_index(split: Split) -> Finding:
 
 
 def _sample(experiment: Config, split: Split, ladder: Sequence[Rung]) -> Finding:
-    """Decode some training views, as training would."""
+    """Decode some images, as training or evaluation would."""
     # here, so that a host is looked at without waiting for torch
     from pipeline.decode import make_decoder
     from pipeline.loader import Loader, Request, default_threads
@@ -137,9 +137,10 @@ def _sample(experiment: Config, split: Split, ladder: Sequence[Rung]) -> Finding
 
     recipe = experiment.recipe
     ids = np.unique(np.linspace(0, len(split) - 1, min(SAMPLE, len(split))).astype(np.int64))
-    request = Request(
-        ids, np.zeros(len(ids), np.int64), np.ones(len(ids), np.float32), 0, int(ids[-1]), recipe.transform.size
-    )
+    epochs, size = None, recipe.transform.size
+    if split.name == "train":
+        epochs, size = np.zeros(len(ids), np.int64), recipe.transform.training_size(0)
+    request = Request(ids, epochs, np.ones(len(ids), np.float32), 0, int(ids[-1]), size)
     try:
         with (
             contextlib.closing(ShardReader(split)) as reader,
@@ -147,7 +148,7 @@ def _sample(experiment: Config, split: Split, ladder: Sequence[Rung]) -> Finding
                 reader,
                 make_decoder(recipe.transform, recipe.seed, recipe.loader.decoder),
                 [request],
-                threads=default_threads(1),
+                threads=recipe.loader.threads or default_threads(1),
                 prefetch=1,
             ) as loader,
         ):

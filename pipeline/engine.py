@@ -189,7 +189,7 @@ class Engine:
 
         Returns:
             float64 sums (loss, correct, images) over this rank's micro-batches, on the device and not waited for;
-            and the sample ids of each.
+            and the sample ids of each. A mixed image is correct as the class with the larger share in it.
         """
         self.scheduler.seek(samples)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
@@ -208,6 +208,7 @@ class Engine:
                 images, targets = self._normalise(batch.images), labels
                 if self._mixup is not None:
                     images, targets = self._mixup(images, labels, number, worker)
+                    labels = targets.argmax(dim=1)
                 logits = self._engine(images).float()
                 loss = F.cross_entropy(logits, targets)
                 with torch.no_grad():

@@ -1,8 +1,8 @@
 """What changes an image after its view has been cut out: colour jitter, random operations, erasing.
 
 Torchvision does the changing; the draws are ours. Its own come from one generator of the whole process, so that they
-would depend on which thread is first; here every sample draws from its own Philox stream, keyed by (seed, epoch,
-sample) like its view.
+would depend on which thread is first; here every sample draws from its own Philox streams, keyed by (seed, epoch,
+sample) like its view, and one for each section: switching one on changes no draw of another.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ from torchvision.transforms.v2 import functional as F
 from pipeline.augment import Uniform
 from pipeline.augment_schema import MAGNITUDES, AutoAugment, ColorJitter, RandomErasing
 from pipeline.schema import Transform
+from shards.errors import UserError
 
 ERASING_ATTEMPTS = 10  # as torchvision.transforms.v2.RandomErasing
+
+_TORCHVISION_NAMES = ("_AUGMENTATION_SPACE", "_apply_image_or_video_transform", "_fill", "interpolation")
 
 _Change = Callable[[torch.Tensor, Uniform], torch.Tensor]
 """uint8 (3, size, size) and its draws → the same shape."""
@@ -28,9 +32,7 @@ _Change = Callable[[torch.Tensor, Uniform], torch.Tensor]
 
 def image_augmentation(transform: Transform, seed: int) -> ImageAugmentation | None:
     """The changes that a recipe asks for, or None if it asks for none: then they cost nothing."""
-    if transform.color_jitter is None and transform.auto_augment is None and transform.random_erasing is None:
-        return None
-    return ImageAugmentation(transform, seed)
+    return ImageAugmentation(transform, seed) if transform.changes_images else None
 
 
 class ImageAugmentation:
@@ -42,15 +44,15 @@ class ImageAugmentation:
     """
 
     def __init__(self, transform: Transform, seed: int) -> None:
-        self._key = int.from_bytes(hashlib.sha256(f"image-augment:{seed}".encode()).digest()[:16], "little")
-        self._changes: list[_Change] = []
-        mean = [round(255 * value) for value in transform.mean]
+        self._changes: list[tuple[int, _Change]] = []
         if transform.auto_augment is not None:
-            self._changes.append(_RandomOperations(transform.auto_augment, fill=mean))
+            mean = [round(255 * value) for value in transform.mean]
+            self._changes.append((_key("auto_augment", seed), _RandomOperations(transform.auto_augment, fill=mean)))
         if transform.color_jitter is not None:
-            self._changes.append(_KeyedColorJitter(transform.color_jitter))
+            self._changes.append((_key("color_jitter", seed), _KeyedColorJitter(transform.color_jitter)))
         if transform.random_erasing is not None:
-            self._changes.append(_Erasing(transform.random_erasing, transform.mean, transform.std))
+            erasing = _Erasing(transform.random_erasing, transform.mean, transform.std)
+            self._changes.append((_key("random_erasing", seed), erasing))
 
     def apply(self, pixels: np.ndarray, epoch: int, sample: int) -> None:
         """Change one image.
@@ -60,11 +62,15 @@ class ImageAugmentation:
             epoch: 0-based.
             sample: id in the training split.
         """
-        draw = Uniform(self._key, epoch, sample)
         image = torch.from_numpy(pixels).permute(2, 0, 1)
-        for change in self._changes:
-            image = change(image, draw)
+        for key, change in self._changes:
+            image = change(image, Uniform(key, epoch, sample))
         pixels[...] = image.permute(1, 2, 0).numpy()
+
+
+def _key(section: str, seed: int) -> int:
+    """Of Philox, 128 bits."""
+    return int.from_bytes(hashlib.sha256(f"image-augment:{section}:{seed}".encode()).digest()[:16], "little")
 
 
 class _RandomOperations:
@@ -73,6 +79,14 @@ class _RandomOperations:
     def __init__(self, section: AutoAugment, fill: list[int]) -> None:
         self._section = section
         self._operations = v2.RandAugment(fill=fill) if section.kind == "rand" else v2.TrivialAugmentWide(fill=fill)
+        # torchvision's, and not public: what draws them does not take draws from elsewhere
+        absent = [name for name in _TORCHVISION_NAMES if not hasattr(self._operations, name)]
+        if absent:
+            raise UserError(
+                f"recipe.transform.auto_augment cannot be used with torchvision {version('torchvision')}: "
+                f"its {type(self._operations).__name__} has no {' and no '.join(absent)}",
+                "Supported are 0.23 to 0.29: install one of them, or leave the section out.",
+            )
         self._space = list(self._operations._AUGMENTATION_SPACE.items())
 
     def __call__(self, image: torch.Tensor, draw: Uniform) -> torch.Tensor:
@@ -93,26 +107,28 @@ class _RandomOperations:
 
 
 class _KeyedColorJitter:
-    def __init__(self, section: ColorJitter) -> None:
-        self._section = section
+    """torchvision's ColorJitter, with the draws of a sample."""
 
-    def __call__(self, image: torch.Tensor, draw: Uniform) -> torch.Tensor:
-        section = self._section
-        apply = draw() < section.probability
-        adjustments = [
-            (draw(), function, centre + strength * (2 * draw() - 1))
-            for function, strength, centre in (
-                (F.adjust_brightness, section.brightness, 1.0),
-                (F.adjust_contrast, section.contrast, 1.0),
-                (F.adjust_saturation, section.saturation, 1.0),
-                (F.adjust_hue, section.hue, 0.0),
+    def __init__(self, section: ColorJitter) -> None:
+        self._probability = section.probability
+        self._adjustments: list[tuple[Callable[[torch.Tensor, float], torch.Tensor], float, float]] = [
+            (function, max(0.0, 1 - strength), 1 + strength)
+            for function, strength in (
+                (F.adjust_brightness, section.brightness),
+                (F.adjust_contrast, section.contrast),
+                (F.adjust_saturation, section.saturation),
             )
             if strength
         ]
-        if not apply:
+        if section.hue:
+            self._adjustments.append((F.adjust_hue, -section.hue, section.hue))
+
+    def __call__(self, image: torch.Tensor, draw: Uniform) -> torch.Tensor:
+        if draw() >= self._probability:
             return image
-        for _, function, factor in sorted(adjustments, key=lambda adjustment: adjustment[0]):
-            image = function(image, factor if function is F.adjust_hue else max(factor, 0.0))
+        drawn = [(draw(), function, low + (high - low) * draw()) for function, low, high in self._adjustments]
+        for _, function, factor in sorted(drawn, key=lambda adjustment: adjustment[0]):
+            image = function(image, factor)
         return image
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.batch import Batch
-from pipeline.decode import DecodeError, Decoder
+from pipeline.decode import AugmentError, DecodeError, Decoder
 from pipeline.order import SampleStream, micro_batch_positions
 from pipeline.reader import Reader
 from pipeline.schema import Transform
@@ -58,7 +58,9 @@ class MicroBatch:
     """A loaded micro-batch, on the CPU.
 
     Attributes:
-        images: uint8 of shape (n, 3, size, size) in channels_last memory; not normalised.
+        images: uint8 of shape (n, 3, size, size) in channels_last memory; not normalised. Copies of them to a device
+            must be made, before the last reference to them is dropped, on the current stream of the thread that asks
+            for batches, or on one that it waits for: their memory is then filled again once that stream is done.
         labels: int64 of shape (n,).
         weights: float32 of shape (n,).
         ids: sample ids, int64 of shape (n,).
@@ -120,7 +122,7 @@ class Loader:
     """Iterates over the micro-batches that `requests` names.
 
     Use it as a context manager, or call `close`: both end the threads at once, whatever is in flight. A micro-batch is
-    its consumer's for as long as anything refers to it.
+    its consumer's for as long as anything refers to it; see `MicroBatch` for copies of it that are under way.
 
     Args:
         reader: the split's images.
@@ -132,7 +134,8 @@ class Loader:
 
     Raises:
         UserError: while iterating, when a sample of the micro-batch asked for cannot be read or decoded; it names
-            shard, key and byte.
+            shard, key and byte. Any other error has a note that does. Asked again, it raises the same error: no
+            micro-batch is passed over.
     """
 
     def __init__(
@@ -152,7 +155,9 @@ class Loader:
         self._requests = iter(requests)
         self._threads = threads
         self._closed = threading.Event()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._stop = np.zeros(1, np.uint8)
+        self._failure: Exception | None = None
+        self._pool = decode_pool(threads)
         self._ring = SlabRing(prefetch + 2, pin=pin)
         self._pending: deque[_Pending] = deque()
 
@@ -160,12 +165,15 @@ class Loader:
         return self
 
     def __next__(self) -> MicroBatch:
-        self._submit_ahead()
-        if not self._pending:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            pending = self._load_next()
+        except Exception as error:
+            self._failure = error
+            raise
+        if pending is None:
             raise StopIteration
-        pending = self._pending.popleft()
-        for task in pending.tasks:
-            self._tally += task.result()
         request = pending.request
         self.reader.passed(request.first)
         return MicroBatch(
@@ -186,6 +194,7 @@ class Loader:
     def close(self) -> None:
         """Drop what is loaded ahead and end the threads, and reads that wait; a decode under way is waited for."""
         self._closed.set()
+        self._stop[0] = 1
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.reader.interrupt()
         self._pool.shutdown(wait=True)
@@ -195,6 +204,16 @@ class Loader:
         """What decoded the images handed out since the last call; the same for any number of threads."""
         taken, self._tally = self._tally, Tally()
         return taken
+
+    def _load_next(self) -> _Pending | None:
+        """Wait for the next micro-batch; None after the last."""
+        self._submit_ahead()
+        if not self._pending:
+            return None
+        pending = self._pending.popleft()
+        for task in pending.tasks:
+            self._tally += task.result()
+        return pending
 
     def _submit_ahead(self) -> None:
         while len(self._pending) <= self.prefetch:
@@ -215,15 +234,25 @@ class Loader:
         tally = Tally()
         ids = request.ids[part]
         epochs = request.epochs[part] if request.epochs is not None else None
-        for slot in self._load_files(ids, epochs, pixels, labels, tally):
+        try:
+            left = self._load_files(ids, epochs, pixels, labels, tally)
+        except AugmentError as error:
+            error.add_note(self.reader.describe(error.sample))
+            raise
+        for slot in left:
             if self._closed.is_set():
                 break
             sample = int(ids[slot])
-            image, labels[slot] = self.reader.read(sample)
             try:
+                image, labels[slot] = self.reader.read(sample)
                 self.decoder.image(image, pixels[slot], None if epochs is None else int(epochs[slot]), sample, tally)
             except DecodeError as error:
                 raise UserError(f"{self.reader.describe(sample)}: the image {error}", self.reader.mend()) from None
+            except UserError:
+                raise
+            except Exception as error:
+                error.add_note(self.reader.describe(sample))
+                raise
         return tally
 
     def _load_files(
@@ -235,7 +264,7 @@ class Loader:
             return range(len(ids))
         with located as found:
             labels[...] = found.labels
-            return self.decoder.files(found.extents, pixels, epochs, ids, tally).tolist()
+            return self.decoder.files(found.extents, pixels, epochs, ids, tally, self._stop).tolist()
 
 
 @dataclass(frozen=True)
@@ -252,6 +281,16 @@ def slices(count: int, threads: int) -> list[slice]:
     """Parts of a micro-batch of `count` images, for tasks: about two for each thread, within the limits above."""
     length = min(LARGEST_SLICE, max(SMALLEST_SLICE, math.ceil(count / (2 * threads))))
     return [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+def decode_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch works alone.
+
+    Else it would start a team of threads for every one of them, and its sums would depend on how many there are.
+    """
+    # the number is a thread's own (OpenMP's), but one that never asked for it gets the last that any thread has set
+    torch.get_num_threads()
+    return ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def default_threads(local_ranks: int) -> int:

@@ -2,7 +2,8 @@
 
 Every line has `event` and `time` (wall clock, ISO-8601 UTC with milliseconds). Shares are 0 … 1, accuracies are
 percent, durations are seconds, `samples` counts training images consumed since the run began, `epoch` is
-samples / train_samples. A number that was not finite is null.
+samples / train_samples. A number that was not finite is null. Of images that `recipe.mixing` mixed, the top1 of
+`train` and `epoch` is of the class with the larger share.
 
     start       config overrides model train_samples val_samples epochs seed world_size train_batch_size micro_batch
                 logical_workers accumulation reference_lr reference_batch peak_lr steps_per_epoch steps order

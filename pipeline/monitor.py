@@ -168,6 +168,14 @@ class Monitor:
                 f"{split}: {tally['stale']:,} images have a crop index record that is damaged or another image's; they "
                 "were decoded from the top. Check the shards: shards verify DIR",
             )
+        is_local = self.plan.crop_indexes is not None
+        unindexed = tally["native"] and not tally["indexed"] and not tally["stale"]
+        if is_local and unindexed and "no crop index" not in self._seen:
+            self.warn(
+                "no crop index",
+                f"{split}: no image was decoded from a crop index, so each was decoded from its top. "
+                f"Make one: shards index {self.plan.config.recipe.data} --decode",
+            )
 
     def checkpoint(self, *, samples: int, folder: Path, seconds: float) -> str:
         """Record a save; returns its part of the line."""

@@ -280,8 +280,10 @@ class Plan:
         text = rungs.describe(live)
         if self.config.recipe.loader.decoder == "auto" and live != rungs.RUNGS[0]:
             text += " (why no faster one: onehour doctor)"
-        if live != "native" or not self.crop_indexes:
+        if live != "native" or self.crop_indexes is None:
             return text
+        if not self.crop_indexes:
+            return f"{text} · no crop index: shards index {self.config.recipe.data} --decode"
         everywhere = self.crop_indexes == self.shards["train"]
         return f"{text} · crop index" + f" for {self.crop_indexes:,} shards" * (not everywhere)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.augment import VIEWS_NAME
+from pipeline.augment_schema import IMAGE_AUGMENT_NAME, MIXING_NAME
 from pipeline.plan import Plan
 from shards.errors import UserError
 
@@ -24,7 +25,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Facts:
-    """What a position in the stream of samples depends on, besides the position itself."""
+    """What a position in the stream of samples depends on, besides the position itself.
+
+    `image_augment` and `mixing` are None where they are off, and of checkpoints that are older than they are: a run
+    may switch them on or off, as it may change any transform, but not go on with other draws.
+    """
 
     seed: int
     train_samples: int
@@ -35,12 +40,15 @@ class Facts:
     views: str
     model: str
     optimizer: str
+    image_augment: str | None = None
+    mixing: str | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> Facts:
         """The facts of a planned run."""
         assert plan.digest is not None
         recipe = plan.config.recipe
+        transform = recipe.transform
         return cls(
             seed=recipe.seed,
             train_samples=plan.train_samples,
@@ -51,6 +59,8 @@ class Facts:
             views=VIEWS_NAME,
             model=f"{recipe.model.name} {json.dumps(recipe.model.args, sort_keys=True)}",
             optimizer=plan.config.blocks.optimizer.type,
+            image_augment=IMAGE_AUGMENT_NAME if transform.changes_images else None,
+            mixing=MIXING_NAME if recipe.mixing is not None else None,
         )
 
 
@@ -64,7 +74,12 @@ WHY = {
     "views": "the crops of a sample are drawn in another way in this version",
     "model": "recipe.model names another network",
     "optimizer": "optimizer.type is another one, and cannot use what was saved",
+    "image_augment": "the augmentations of a sample are drawn in another way in this version",
+    "mixing": "micro-batches are mixed in another way in this version",
 }
+
+MAY_BE_OFF = ("image_augment", "mixing")
+"""Facts that say nothing where they are None."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,11 @@ def check(checkpoint: Checkpoint, plan: Plan) -> None:
         UserError: every fact that differs, with both values.
     """
     saved, planned = asdict(checkpoint.facts), asdict(Facts.of(plan))
-    differing = [name for name in saved if saved[name] != planned[name]]
+    differing = [
+        name
+        for name in saved
+        if saved[name] != planned[name] and not (name in MAY_BE_OFF and None in (saved[name], planned[name]))
+    ]
     if not differing:
         return
     raise UserError(

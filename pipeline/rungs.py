@@ -20,13 +20,7 @@ RUNGS: tuple[Rung, ...] = ("native", "simplejpeg", "pillow")
 NAMES: dict[Rung, str] = {"native": "C extension", "simplejpeg": "simplejpeg", "pillow": "Pillow"}
 """As people read them."""
 
-MENDS: dict[Rung, tuple[str, ...]] = {
-    "native": (
-        "Install a C compiler and Python's headers (Debian: apt install gcc python3-dev),",
-        "then: pip install -e .   or: ./run.sh setup",
-    ),
-    "simplejpeg": ("Install it: pip install simplejpeg",),
-}
+MENDS: dict[Rung, tuple[str, ...]] = {"native": jpeg.MEND, "simplejpeg": ("Install it: pip install simplejpeg",)}
 """How to get a rung; Pillow is always there."""
 
 

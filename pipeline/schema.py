@@ -99,12 +99,19 @@ class Transform(Section):
         """Every size that the model meets, ascending."""
         return tuple(sorted({self.size, *(resolution.size for resolution in self.progressive)}))
 
+    @property
+    def changes_images(self) -> bool:
+        """Whether training images are changed after their view has been cut out."""
+        return any(section is not None for section in (self.color_jitter, self.auto_augment, self.random_erasing))
+
     @model_validator(mode="after")
     def _ordered(self) -> Transform:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError("scale must be two shares of the image's area, 0 < low ≤ high ≤ 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError("ratio must be two aspect ratios (width / height), 0 < low ≤ high")
+        if self.sizes[-1] > LONGEST_SIDE:
+            raise ValueError(f"a size of {self.sizes[-1]} is more than {LONGEST_SIDE:,} pixels")
         if self.evaluation_resize < self.size:
             raise ValueError(f"evaluation_resize {self.evaluation_resize} is smaller than size {self.size}")
         if self.evaluation_resize > LONGEST_SIDE:
@@ -207,6 +214,15 @@ class Recipe(Section):
     checkpoint: Checkpoints = Checkpoints()
     loader: Loader = Loader()
     logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _sizes_are_reached(self) -> Recipe:
+        late = [size.from_epoch for size in self.transform.progressive if size.from_epoch >= self.epochs]
+        if late:
+            raise ValueError(
+                f"transform.progressive: from_epoch {late[0]:g} is never reached: the run ends at epoch {self.epochs:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stream_pattern(self) -> Recipe:

@@ -48,12 +48,12 @@ class SlabRing:
     def take(self, shape: tuple[int, int, int, int]) -> Slab:
         """A slab that nobody uses, of shape (n, size, size, 3); its pixels are whatever they were."""
         self._collect()
-        if self._free and self._free[0].pixels.shape != shape:
-            self._free.clear()  # the resolution has changed
+        for slab in [slab for slab in self._free if slab.pixels.shape != shape]:  # the resolution has changed
+            self._free.remove(slab)
+            _wait(slab)
         if self._free and (self._is_copied(self._free[0]) or len(self._free) >= SPARE):
             slab = self._free.popleft()
-            if slab.copied is not None:
-                slab.copied.synchronize()
+            _wait(slab)
             return slab
         return Slab(torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin).numpy())
 
@@ -75,9 +75,16 @@ class SlabRing:
         while self._returned:
             slab = self._returned.popleft()
             slab.copied = event
-            if len(self._free) < self._most:
-                self._free.append(slab)
+            self._free.append(slab)
+        while len(self._free) > self._most:
+            _wait(self._free.popleft())
 
     @staticmethod
     def _is_copied(slab: Slab) -> bool:
         return slab.copied is None or slab.copied.query()
+
+
+def _wait(slab: Slab) -> None:
+    """Until the device has read it: before it is filled again, and before its memory is anybody's."""
+    if slab.copied is not None:
+        slab.copied.synchronize()

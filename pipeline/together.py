@@ -17,12 +17,17 @@ from shards.errors import UserError
 Prepared = TypeVar("Prepared")
 
 
-def prepare_together(prepare: Callable[[], Prepared], facts: Callable[[Prepared], Mapping[str, Any]]) -> Prepared:
+def prepare_together(
+    prepare: Callable[[], Prepared],
+    facts: Callable[[Prepared], Mapping[str, Any]],
+    mends: Mapping[str, str] | None = None,
+) -> Prepared:
     """Run `prepare` on every rank, and compare what came out.
 
     Args:
         prepare: does this rank's share, without talking to the others.
         facts: what must be the same everywhere, by name; values are compared with ==.
+        mends: what to do where a fact differs, by name, for those where something else helps than equal hosts.
 
     Returns:
         What `prepare` returned on this rank.
@@ -45,7 +50,7 @@ def prepare_together(prepare: Callable[[], Prepared], facts: Callable[[Prepared]
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, mine)
     _raise_mistakes(every)
-    _raise_differences(every)
+    _raise_differences(every, mends or {})
     assert prepared is not None
     return prepared
 
@@ -63,13 +68,15 @@ def _raise_mistakes(every: list[dict[str, Any]]) -> None:
     raise UserError(headline, *details)
 
 
-def _raise_differences(every: list[dict[str, Any]]) -> None:
+def _raise_differences(every: list[dict[str, Any]], mends: Mapping[str, str]) -> None:
     lines = []
     for name, value in every[0]["facts"].items():
         others = {answer["host"]: answer["facts"][name] for answer in every if answer["facts"][name] != value}
         if others:
             found = ", ".join(f"{host} has {other}" for host, other in others.items())
             lines.append(f"{name}: {every[0]['host']} has {value}, {found}")
+            if name in mends:
+                lines.append(mends[name])
     if lines:
         raise UserError(
             "the hosts do not agree; they would train different things without noticing",

@@ -23,7 +23,7 @@ from pipeline import checkpoint, config, engine, model, resume
 from pipeline.engine import World
 from pipeline.experiment import add_config_arguments, check_monitors, open_run, overrides_of
 from pipeline.loader import default_threads
-from pipeline.run import DivergenceError, Prepared, Run
+from pipeline.run import FACT_MENDS, DivergenceError, Prepared, Run
 from pipeline.together import prepare_together
 from shards.errors import UserError
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(default_threads(world.local_size))
         else:
             torch.backends.cudnn.benchmark = True
-        prepared = prepare_together(lambda: prepare(args.config, overrides_of(args), world), Prepared.facts)
+        prepared = prepare_together(lambda: prepare(args.config, overrides_of(args), world), Prepared.facts, FACT_MENDS)
         training = True
         with Run(prepared, world) as run:
             run.train()

@@ -142,6 +142,38 @@ def test_a_checkpoint_of_another_run_is_refused(planned, write_config, changes, 
     assert "--fresh" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "fact"),
+    [
+        ({"recipe.transform.color_jitter": {"hue": 0.1}}, "image_augment"),
+        ({"recipe.mixing": {"mixup_alpha": 0.2}}, "mixing"),
+    ],
+)
+def test_a_run_may_switch_augmentations_but_not_go_on_with_other_draws(
+    planned, write_config, section, fact, monkeypatch
+):
+    switched = open_run(config.load(write_config("tiny", section)), 2)[0]
+    save(planned, 3)
+    resume.check(resume.find_latest(planned.config.run_folder), switched)
+    save(switched, 4)
+    found = resume.find_latest(planned.config.run_folder)
+    assert getattr(found.facts, fact).endswith("-v1")
+    resume.check(found, switched)
+    resume.check(found, planned)
+    monkeypatch.setattr(resume, {"mixing": "MIXING_NAME", "image_augment": "IMAGE_AUGMENT_NAME"}[fact], "other-v2")
+    with pytest.raises(UserError, match=f"{fact} differs.*\n.*other-v2.*another way"):
+        resume.check(found, switched)
+    resume.check(found, planned)
+
+
+def test_a_checkpoint_from_before_augmentations_is_read(planned):
+    path = save(planned, 3) / "state.json"
+    state = json.loads(path.read_text())
+    del state["facts"]["image_augment"], state["facts"]["mixing"]
+    path.write_text(json.dumps(state))
+    resume.check(resume.find_latest(planned.config.run_folder), planned)
+
+
 def test_a_checkpoint_of_other_shards_or_another_order_is_refused(planned):
     save(planned, 3)
     found = resume.find_latest(planned.config.run_folder)

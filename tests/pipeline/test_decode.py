@@ -163,6 +163,18 @@ def test_what_is_no_image_is_a_decode_error_on_every_rung(rung: str, data: bytes
         decode(rung, TRANSFORMS["small"], data, None, 0)
 
 
+@pytest.mark.parametrize("error", [IndexError("x"), EOFError("x"), KeyError("x"), MemoryError("x")])
+def test_whatever_pillow_raises_is_a_decode_error_unless_memory_is_short(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_image(file: io.BytesIO) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", open_image)
+    with pytest.raises(MemoryError if isinstance(error, MemoryError) else DecodeError):
+        decode("pillow", TRANSFORMS["small"], b"x", None, 0)
+
+
 def test_pillow_s_limit_of_pixels_is_the_ladder_s(rung: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     data = encode(photo(np.random.default_rng(4), 90, 70), "progressive")  # which the C extension leaves to others
@@ -171,36 +183,64 @@ def test_pillow_s_limit_of_pixels_is_the_ladder_s(rung: str, monkeypatch: pytest
 
 
 NO_THREADS = """
-import sys, threading, time
+import sys, threading
 import numpy as np, psutil, torch
 from pipeline.decode import make_decoder
+from pipeline.loader import decode_pool
 from pipeline.schema import Transform
 from pipeline.tally import Tally
 
 torch.set_num_threads(4)
-decoder, data = make_decoder(Transform(), 0, sys.argv[1]), open(sys.argv[2], "rb").read()
-ready = threading.Event()
+transform = Transform.model_validate_json(sys.argv[3])
+decoder, data = make_decoder(transform, 0, sys.argv[1]), open(sys.argv[2], "rb").read()
+ready, done = threading.Event(), threading.Event()
 
 def decode():
     for epoch in (None, 0, 1, 2, 3):
         decoder.image(data, np.zeros((224, 224, 3), np.uint8), epoch, 0, Tally())
     ready.set()
-    time.sleep(1)
+    done.wait()
 
-before = psutil.Process().num_threads()
-for number in range(1, 4):
-    ready.clear()
-    threading.Thread(target=decode).start()
-    ready.wait()
-    assert psutil.Process().num_threads() == before + number, "torch started a team for this thread"
+def others():
+    return psutil.Process().num_threads() - threading.active_count()
+
+with decode_pool(4) as pool:
+    pool.submit(int).result()  # a pool of torch's that all threads share is made smaller
+    before = others()
+    for _ in range(3):
+        ready.clear()
+        pool.submit(decode)
+        ready.wait()
+        assert others() == before, "torch started a team for this thread"
+    done.set()
+assert torch.get_num_threads() == 4, "the threads that decode changed another's number"
 """
 
 
-def test_a_decoder_starts_no_threads_of_its_own(rung: str, tmp_path: Path) -> None:
+AUGMENTED = {
+    "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "auto_augment": {"kind": "rand"},
+    "random_erasing": {"probability": 1.0, "fill": "noise"},
+}
+
+
+@pytest.mark.parametrize(
+    ("choice", "sections"),
+    [
+        ("simplejpeg", AUGMENTED),
+        *(pytest.param(choice, {}, marks=pytest.mark.slow) for choice in RUNGS),
+        *(pytest.param(choice, AUGMENTED, marks=pytest.mark.slow) for choice in ("native", "pillow")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "augmented" if value else "plain",
+)
+def test_a_decoder_starts_no_threads_of_its_own(choice: str, sections: dict, tmp_path: Path) -> None:
+    if rungs.missing(choice) is not None:
+        pytest.skip(f"the {rungs.NAMES[choice]} {rungs.missing(choice)}")
     path = tmp_path / "image.jpg"
     path.write_bytes(encode(photo(np.random.default_rng(4), 700, 600), "420"))
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", NO_THREADS, rung, str(path)]
+    transform = Transform.model_validate(sections).model_dump_json()
+    command = [sys.executable, "-c", NO_THREADS, choice, str(path), transform]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "4"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

@@ -135,3 +135,21 @@ def test_a_host_is_looked_at_without_waiting_for_torch() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_split_is_decoded_as_it_will_be_with_the_configuration_s_threads(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, write_config: Callable[..., Path]
+) -> None:
+    from pipeline import loader
+
+    seen = []
+
+    class Watched(loader.Loader):
+        def __init__(self, reader, decoder, requests, *, threads, prefetch) -> None:
+            seen.append((reader.split.name, requests[0].epochs is None, requests[0].size, threads))
+            super().__init__(reader, decoder, requests, threads=threads, prefetch=prefetch)
+
+    monkeypatch.setattr(loader, "Loader", Watched)
+    changes = {"recipe.loader.threads": 3, "recipe.transform.progressive": [{"from_epoch": 0, "size": 24}]}
+    assert doctor(capsys, write_config(changes=changes))[0] == 0
+    assert seen == [("train", False, 24, 3), ("val", True, 32, 3)]

@@ -15,6 +15,7 @@ from torch import nn
 from pipeline import config, plan
 from pipeline.engine import Engine, World, deepspeed_config
 from pipeline.loader import MicroBatch
+from pipeline.mixing import KeyedMixup
 from pipeline.model import average_statistics
 from pipeline.plan import Plan
 from tests.conftest import fork_ranks, tiny_config
@@ -74,18 +75,20 @@ def train_rank(
     torch.manual_seed(world.rank)  # what the generators held before must not matter
     engine = Engine(model, resolved, world)
     accumulation = resolved.batch.accumulation
-    lrs, losses = [], []
+    lrs, losses, correct = [], [], []
     for update in range(updates):
         workers = range(world.rank * accumulation, (world.rank + 1) * accumulation)
         sums, _ = engine.update(iter([micro_batch(update, w) for w in workers]), update * resolved.batch.train)
         lrs.append(engine.lr_used)
         losses.append(sums[0].item())
+        correct.append(sums[1].item())
     average_statistics(engine.model)
     state = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     return {
         "state": state,
         "lrs": lrs,
         "losses": losses,
+        "correct": correct,
         "skipped": engine.skipped_steps,
         "scale": engine.loss_scale,
     }
@@ -287,3 +290,22 @@ def test_mixing_is_the_same_on_any_number_of_ranks(tmp_path):
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
     plain = fork_ranks(train_rank, 1, tmp_path / "plain", False, {})[0]["state"]
     assert not torch.allclose(plain["7.weight"], results[0]["7.weight"], rtol=1e-2)
+
+
+def correct(world: World, path: Path, share: float | None) -> float:
+    """Images that are correct in the first update; the rest of a share is said to be of the image opposite."""
+
+    def mix(
+        self: KeyedMixup, images: torch.Tensor, labels: torch.Tensor, update: int, worker: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return images, share * F.one_hot(labels, CLASSES) + (1 - share) * F.one_hot(labels.flip(0), CLASSES)
+
+    changes = {"recipe.mixing": {"mixup_alpha": 1.0}} if share is not None else {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(KeyedMixup, "__call__", mix)
+        return train_rank(world, path, False, changes, updates=1)["correct"][0]
+
+
+def test_a_mixed_image_is_correct_as_the_class_with_the_larger_share(tmp_path):
+    plain, larger, smaller = (fork_ranks(correct, 1, tmp_path / str(share), share)[0] for share in (None, 0.6, 0.4))
+    assert larger == plain and smaller != plain

@@ -62,3 +62,33 @@ def test_a_fused_optimizer_survives_an_overflow_on_its_first_step(tiny_shards, t
     events = train(tiny_shards, tmp_path, "fused", ENVIRONMENT, **changes)
     assert any(event["event"] == "skip" for event in events)
     assert all(loss < 100 for loss in losses(events))
+
+
+KEPT_UNTIL_COPIED = """
+import torch
+from pipeline.slabs import SlabRing
+
+shape = (4, 256, 256, 3)
+for then in (shape, (4, 128, 128, 3)):  # the same slab again, and its memory for slabs of another size
+    ring, copies = SlabRing(most=1, pin=True), []
+    for value in range(8):
+        slab = ring.take(shape)
+        slab.pixels[...] = value
+        tensor = ring.hand_out(slab)
+        torch.cuda._sleep(20_000_000)
+        copies.append(tensor.to("cuda", non_blocking=True))
+        del slab, tensor
+        ring.take(then).pixels[...] = 255
+        if then != shape:
+            torch.empty(shape, dtype=torch.uint8, pin_memory=True).fill_(254)
+    for value, copy in enumerate(copies):
+        assert bool((copy == value).all()), (then, value, copy.unique())
+"""
+
+
+def test_pixels_are_not_overwritten_before_they_have_been_copied():
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", KEPT_UNTIL_COPIED]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from pipeline import config, plan
 from pipeline.augment_schema import Mixing
@@ -77,7 +79,7 @@ def test_operations_and_their_frequencies_are_torchvisions(kind, reference):
     augmentation = ImageAugmentation(
         transform(auto_augment={"kind": kind, **({"operations": 1} if kind == "rand" else {})}), 0
     )
-    operations = augmentation._changes[0]._operations
+    operations = augmentation._changes[0][1]._operations
     seen: dict[str, set[float]] = {}
 
     def record(image, name, magnitude, **options):
@@ -100,6 +102,74 @@ def test_operations_and_their_frequencies_are_torchvisions(kind, reference):
         assert seen[name] <= allowed | ({-value for value in allowed} if is_signed else set())
         if is_signed:
             assert any(value < 0 for value in seen[name]) and any(value > 0 for value in seen[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "expected"),
+    [
+        ("Identity", 0, lambda image, value: image),
+        ("Rotate", 20, lambda image, value: F.rotate(image, value, fill=[124, 116, 104])),
+        ("Brightness", 9, lambda image, value: F.adjust_brightness(image, 1 + value)),
+        ("Contrast", 30, lambda image, value: F.adjust_contrast(image, 1 + value)),
+        ("Posterize", 15, lambda image, value: F.posterize(image, int(value))),
+        ("Solarize", 12, lambda image, value: F.solarize(image, 255 * value)),
+        ("Equalize", 0, lambda image, value: F.equalize(image)),
+    ],
+)
+def test_pixels_of_an_operation_are_those_of_torchvision_s_function(name, index, expected):
+    section = {"kind": "rand", "operations": 1, "magnitude": index}
+    augmentation = ImageAugmentation(transform(auto_augment=section), 0)
+    operations = augmentation._changes[0][1]
+    operations._space = [(name, v2.RandAugment._AUGMENTATION_SPACE[name])]
+    image = torch.from_numpy(picture()).permute(2, 0, 1)
+    magnitudes_of, is_signed = operations._space[0][1]
+    magnitudes = magnitudes_of(31, SIZE, SIZE)
+    value = 0.0 if magnitudes is None else float(magnitudes[index])
+    wanted = {expected(image, sign * value).numpy().tobytes() for sign in ((1, -1) if is_signed else (1,))}
+    seen = {
+        torch.from_numpy(changed(augmentation, 0, sample)).permute(2, 0, 1).contiguous().numpy().tobytes()
+        for sample in range(20)
+    }
+    assert seen == wanted
+
+
+@pytest.mark.parametrize("name", ["_AUGMENTATION_SPACE", "_apply_image_or_video_transform", "_fill"])
+def test_another_torchvision_is_refused_when_the_augmentation_is_made(name, monkeypatch):
+    class Other:
+        interpolation = _fill = _AUGMENTATION_SPACE = _apply_image_or_video_transform = None
+
+        def __init__(self, fill: list[int]) -> None: ...
+
+    delattr(Other, name)
+    monkeypatch.setattr(v2, "RandAugment", Other)
+    with pytest.raises(UserError, match=f"torchvision {torchvision.__version__.partition('+')[0]}.*no {name}") as error:
+        ImageAugmentation(transform(auto_augment={"kind": "rand"}), 0)
+    assert "0.23" in str(error.value)
+
+
+def test_a_section_changes_no_draw_of_another():
+    erasing = {"random_erasing": {"probability": 1.0}}
+    alone = ImageAugmentation(transform(**erasing), 0)
+    both = ImageAugmentation(transform(**erasing, color_jitter={"brightness": 0.4, "contrast": 0.4}), 0)
+    assert len({key for key, _ in both._changes}) == 2
+    for sample in range(20):
+        erased = (changed(alone, 0, sample) != picture()).any(axis=2)
+        assert (changed(both, 0, sample)[erased] == changed(alone, 0, sample)[erased]).all()
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.0, 1.5])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_factors_of_jitter_are_uniform_in_torchvision_s_range(name, strength, monkeypatch):
+    strength = min(strength, 0.5) if name == "hue" else strength
+    factors: list[float] = []
+    monkeypatch.setattr(F, f"adjust_{name}", lambda image, factor: factors.append(factor) or image)
+    augmentation = ImageAugmentation(transform(color_jitter={name: strength}), 0)
+    for sample in range(500):
+        changed(augmentation, 0, sample)
+    low, high = getattr(v2.ColorJitter(**{name: strength}), name)
+    shares = (np.array(factors) - low) / (high - low)
+    assert shares.min() >= 0 and shares.max() <= 1 and len(set(factors)) == 500
+    assert np.abs(np.sort(shares) - np.linspace(0, 1, 500)).max() < 0.08  # Kolmogorov and Smirnov, p < 0.01
 
 
 def test_jitter_of_one_kind_is_the_adjustment_within_its_range():
@@ -180,6 +250,14 @@ def load(*overrides: str) -> config.Config:
         ('recipe.transform.auto_augment={"kind": "trivial", "magnitude": 3}', "leave these keys out"),
         ('recipe.transform.random_erasing={"scale": [0.5, 0.1]}', "low ≤ high"),
         ("recipe.mixing={}", "mixes nothing"),
+        ('recipe.mixing={"mixup_alpha": 0.2, "switch_probability": 0.3}', "give both alphas"),
+        ('recipe.transform.progressive=[{"from_epoch": 0, "sise": 128}]', 'unknown key "sise"; did you mean "size"?'),
+        (
+            'recipe.transform.progressive=[{"from_epoch": 0, "size": 128}, {"from_epoch": 90, "size": 160}]',
+            "from_epoch 90 is never reached: the run ends at epoch 90",
+        ),
+        ('recipe.transform.progressive=[{"from_epoch": 0, "size": 32768}]', "32768 is more than 32,767 pixels"),
+        ("recipe.transform.size=32768", "32768 is more than 32,767 pixels"),
         ('recipe.transform.progressive=[{"from_epoch": 1, "size": 128}]', "begin with from_epoch 0"),
         (
             'recipe.transform.progressive=[{"from_epoch": 0, "size": 128}, {"from_epoch": 0, "size": 160}]',
@@ -190,7 +268,7 @@ def load(*overrides: str) -> config.Config:
 def test_mistakes_are_named(override, message):
     with pytest.raises(UserError) as error:
         load(override)
-    assert message in str(error.value) and "recipe." in str(error.value)
+    assert message in str(error.value) and "recipe" in str(error.value)
 
 
 def test_mixing_needs_pairs():

@@ -10,16 +10,18 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline import reader as readers
-from pipeline import rungs
+from pipeline import rungs, slabs
 from pipeline.batch import Batch
-from pipeline.decode import Decoder, make_decoder
+from pipeline.decode import AugmentError, Decoder, make_decoder
 from pipeline.loader import LARGEST_SLICE, Loader, Request, evaluation_requests, slices, training_requests
 from pipeline.order import Order
 from pipeline.reader import NOT_OPEN, Encoded, Located, ShardReader
@@ -106,6 +108,33 @@ def test_augmented_pixels_and_sizes_are_the_same_for_any_threads_and_ranks(reade
     assert epoch_pixels(reader, rung, world_size=4, threads=8, prefetch=4, transform=transform) == expected
 
 
+@pytest.fixture
+def eight_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_augmented_pixels_are_the_same_for_any_number_of_torch_s_threads(reader, eight_threads):
+    """A mean in float32 depends on how many threads add up its parts."""
+    transform = Transform(size=384, evaluation_resize=384, color_jitter={"contrast": 0.9})
+    requests = [replace(request_of(*range(start, start + 4)), size=384) for start in range(0, 64, 4)]
+    batches = []
+    for threads in (1, 8):
+        torch.set_num_threads(threads)
+        with Loader(reader, make_decoder(transform, 5), requests, threads=2, prefetch=2) as loader:
+            batches.append(torch.cat([batch.images for batch in loader]))
+        assert torch.get_num_threads() == threads, "the training's own"
+    assert batches[0].equal(batches[1])
+
+
+def test_the_threads_of_a_loader_leave_the_number_of_the_training_s_alone(reader, eight_threads):
+    with Loader(reader, make_decoder(TRANSFORM, 5), [], threads=2, prefetch=1) as loader:
+        assert loader._pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 8
+
+
 @pytest.mark.parametrize("epoch", [None, 1])
 def test_every_rung_loads_the_same_images_and_labels(reader, rung, epoch):
     requests = [request_of(*range(start, start + 13), epoch=epoch) for start in range(0, 130, 13)]
@@ -170,12 +199,35 @@ def test_a_corrupt_image_is_named_when_its_batch_is_asked_for_and_the_threads_en
     next(loader)
     with pytest.raises(UserError) as error:
         next(loader)
+    for _ in range(2):
+        with pytest.raises(UserError) as again:
+            next(loader)
+        assert again.value is error.value, "and not the micro-batch after it"
     assert path.name in str(error.value) and split.key(bad) in str(error.value) and "decoded" in str(error.value)
     began = time.monotonic()
     loader.close()
     reader.close()
     assert time.monotonic() - began < 2
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("what", ["decoding", "augmenting"])
+def test_an_error_of_any_kind_names_the_sample(reader, rung, what, monkeypatch):
+    def fail(*arguments, **options) -> None:
+        raise ZeroDivisionError("a bug")
+
+    decoder = make_decoder(Transform(size=24, evaluation_resize=28, color_jitter={"hue": 0.1}), 5, rung)
+    if what == "augmenting":
+        monkeypatch.setattr(decoder._augmentation, "apply", fail)
+    else:
+        monkeypatch.setattr(type(decoder), "reads_files", False)
+        monkeypatch.setattr(decoder._decoders[0], "train", fail)
+    with (
+        Loader(reader, decoder, [request_of(50)], threads=1, prefetch=1) as loader,
+        pytest.raises((AugmentError, ZeroDivisionError)) as error,
+    ):
+        next(loader)
+    assert any(reader.split.key(50) in note for note in error.value.__notes__)
 
 
 def test_a_shard_that_shrank_after_the_start_is_an_error_at_the_sample(tiny_shards, tmp_path):
@@ -255,12 +307,26 @@ def test_slabs_of_another_size_are_not_mixed_up():
     assert ring.take(small).pixels.shape == small
 
 
+def test_a_slab_of_the_old_size_that_comes_back_late_costs_none_of_the_new():
+    ring = SlabRing(most=3)
+    small, large = (2, 8, 8, 3), (2, 16, 16, 3)
+    kept = ring.hand_out(ring.take(small))
+    good = [ring.take(large) for _ in range(2)]
+    del kept
+    for slab in good:
+        ring.hand_out(slab)
+    assert [ring.take(large) for _ in range(2)] == good
+
+
 class Event:
     """A CUDA event that is done when it is told."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
         self.done = False
+
+    def record(self) -> None:
+        self.log.append("recorded")
 
     def query(self) -> bool:
         return self.done
@@ -287,6 +353,29 @@ def test_a_slab_is_not_filled_before_its_copy_to_the_device_is_done():
     ring._free[0].copied.done = True
     assert ring.take(shape).pixels.ctypes.data == addresses[1] and log == ["waited", "waited"]
     assert first is taken[0]
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pretends that there is a device; what is asked of its events."""
+    log: list[str] = []
+    empty = torch.empty
+    monkeypatch.setattr(slabs.torch.cuda, "Event", lambda blocking: Event(log))
+    monkeypatch.setattr(slabs.torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
+    return log
+
+
+@pytest.mark.parametrize("then", ["filled", "of another size", "too many"])
+def test_an_event_is_recorded_on_return_and_waited_for_before_the_slab_is(then, pinned):
+    ring, shape = SlabRing(most=1 if then == "too many" else slabs.SPARE, pin=True), (1, 4, 4, 3)
+    taken = [ring.take(shape) for _ in range(slabs.SPARE)]
+    assert pinned == []
+    for slab in taken:
+        ring.hand_out(slab)
+    ring.take((1, 8, 8, 3) if then == "of another size" else shape)
+    # one for all that came back together, and only after they did
+    assert pinned[0] == "recorded" and pinned.count("recorded") == 1
+    assert pinned.count("waited") == {"filled": 1, "of another size": slabs.SPARE, "too many": slabs.SPARE - 1}[then]
 
 
 # ---------------------------------------------------------------- slices, files, counts
@@ -464,3 +553,23 @@ def test_closing_waits_for_the_images_under_way_and_not_for_their_slices(reader)
     loader.close()
     assert time.monotonic() - began < 2
     assert threading.active_count() == before
+
+
+def test_closing_does_not_wait_for_a_slice_of_large_files(tmp_path):
+    if rungs.missing("native") is not None:
+        pytest.skip("no C extension")
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8))
+    noise.save(tmp_path / "images" / "train" / "cat" / "noise.jpg", quality=95, subsampling=0)
+    out = tmp_path / "shards"
+    assert shards_main(["prepare", "imagefolder", str(tmp_path / "images"), str(out), "--workers", "1"]) == 0
+    transform = Transform(size=24, evaluation_resize=28, crop="none")
+    with contextlib.closing(ShardReader(load_split(out, "train"))) as reader:
+        for epoch in (0, None):
+            request = request_of(*[0] * (2 * LARGEST_SLICE), epoch=epoch)  # slices of several seconds each
+            loader = Loader(reader, make_decoder(transform, 0, "native"), [request], threads=1, prefetch=1)
+            loader._submit_ahead()
+            time.sleep(0.1)
+            began = time.monotonic()
+            loader.close()
+            assert time.monotonic() - began < 1

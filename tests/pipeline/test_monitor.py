@@ -15,7 +15,8 @@ class Said(Monitor):
     """A monitor of no run: keeps what it would write down and print."""
 
     def __init__(self) -> None:
-        self.plan = SimpleNamespace(rungs=RUNGS)  # type: ignore[assignment]
+        config = SimpleNamespace(recipe=SimpleNamespace(data="/data/x"))
+        self.plan = SimpleNamespace(rungs=RUNGS, crop_indexes=2, config=config)  # type: ignore[assignment]
         self.events: list[dict] = []
         self.printed: list[str] = []
         self._seen = set()
@@ -45,7 +46,7 @@ def test_nothing_is_said_where_the_live_rung_decodes_everything(monitor: Said) -
 
 def test_what_fell_through_is_said_once_and_counted_always(monitor: Said) -> None:
     for samples in (100, 200):
-        counts = tally(native=97, simplejpeg=2, pillow=1, native_unsupported=3, simplejpeg_unsupported=1)
+        counts = tally(native=97, indexed=90, simplejpeg=2, pillow=1, native_unsupported=3, simplejpeg_unsupported=1)
         monitor.decoding(samples=samples, split="train", tally=counts)
     (line,) = monitor.printed
     assert "3 of 100 images" in line and "2 by simplejpeg and 1 by Pillow" in line and "C extension" in line
@@ -58,3 +59,17 @@ def test_stale_records_are_said_once_with_the_mend(monitor: Said) -> None:
         monitor.decoding(samples=samples, split="train", tally=tally(native=100, indexed=90, stale=10))
     (line,) = monitor.printed
     assert "10 images" in line and "shards verify" in line
+
+
+def test_a_missing_crop_index_is_said_once_with_the_mend(monitor: Said) -> None:
+    monitor.plan.crop_indexes = 0  # type: ignore[misc]
+    for split in ("train", "val"):
+        monitor.decoding(samples=100, split=split, tally=tally(native=100))
+    (line,) = monitor.printed
+    assert "train: no image" in line and "shards index /data/x --decode" in line
+
+
+def test_nothing_is_said_of_a_crop_index_that_cannot_be_made_here(monitor: Said) -> None:
+    monitor.plan.crop_indexes = None  # type: ignore[misc]
+    monitor.decoding(samples=100, split="train", tally=tally(native=100))
+    assert monitor.printed == []

@@ -293,7 +293,8 @@ def test_the_page_names_the_live_decoder_and_the_crop_index(capsys, monkeypatch,
     arguments = (path, "--ranks", "2", "--data", str(copied))
     monkeypatch.setattr(jpeg, "unavailable", lambda: None)
     monkeypatch.setattr(jpeg, "describe", lambda: "C extension, AVX2")
-    assert "· decode: C extension, AVX2 · val on 35 exactly" in data_row(capsys, *arguments)
+    mend = f"no crop index: shards index {copied} --decode"
+    assert f"· decode: C extension, AVX2 · {mend} · val on 35 exactly" in data_row(capsys, *arguments)
     if kept:
         for index in kept[:3]:
             shutil.copy(index, copied)

@@ -28,6 +28,7 @@ from pipeline.reader import Encoded, ShardReader
 from pipeline.readers import evaluation_reader, training_reader
 from pipeline.samples import audit, read_samples
 from pipeline.stream import StreamReader, _Shards
+from pipeline.versions import versions
 from shards.cli import main as shards_main
 from shards.errors import UserError
 from shards.index import load_split
@@ -598,9 +599,23 @@ def test_hosts_that_would_decode_differently_do_not_agree(tmp_path, many_shards,
     here = facts_of(path)
     monkeypatch.setattr(jpeg, "unavailable", lambda: "was not built")
     there = facts_of(path)
-    (fact,) = (name for name in here if here[name] != there[name])
-    assert "recipe.loader.decoder" in fact
-    assert here[fact].startswith("native") and there[fact].startswith("simplejpeg")
+    assert [name for name in here if here[name] != there[name]] == ["decoder", "versions"]
+    assert here["decoder"] == "native" and there["decoder"] == "simplejpeg"
+    assert "simplejpeg" in there["versions"]
+
+
+@pytest.mark.parametrize("choice", ["native", "pillow"])
+def test_hosts_need_not_have_the_decoders_that_are_not_used(tmp_path, many_shards, monkeypatch, choice):
+    """What the message says helps: naming a decoder that all have, whatever else they have."""
+    from pipeline import run
+    from shards import jpeg
+
+    path = str(load(tmp_path, many_shards, **{"recipe.loader.decoder": choice}).path)
+    monkeypatch.setattr(jpeg, "unavailable", lambda: None)
+    here = facts_of(path)
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.setattr(run, "versions", lambda: {key: n for key, n in versions().items() if key != "simplejpeg"})
+    assert facts_of(path) == here
 
 
 # ---------------------------------------------------------------- whole runs

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pipeline import checkpoint, config, model, train
 from pipeline.experiment import open_run
-from pipeline.together import prepare_together
+from pipeline.run import FACT_MENDS
+from pipeline.together import _raise_differences, prepare_together
 from shards.errors import UserError
 from tests.conftest import fork_ranks, tiny_config
 
@@ -49,6 +51,14 @@ def test_differing_facts_stop_all_ranks_and_are_named():
     assert len(set(answers)) == 1
     assert "do not agree" in answers[0] and "checkpoint" in answers[0] and "step 3" in answers[0]
     assert "abc" not in answers[0]
+
+
+def test_a_fact_with_a_mend_of_its_own_names_it():
+    every = [{"host": host, "facts": {"decoder": rung}} for host, rung in (("a", "native"), ("b", "pillow"))]
+    with pytest.raises(UserError) as error:
+        _raise_differences(every, FACT_MENDS)
+    assert "decoder: a has native, b has pillow\n" in str(error.value)
+    assert "recipe.loader.decoder" in str(error.value)
 
 
 def prepare_in_own_folder(world, data: Path, folder: Path, saved_by: int | None) -> str:
