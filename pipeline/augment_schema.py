@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.section import Section, lists_to_tuples
+from pipeline.section import Section, check_rectangles, lists_to_tuples
 
 IMAGE_AUGMENT_NAME = "image-augment-v1"
 MIXING_NAME = "mixing-v1"
@@ -66,10 +66,7 @@ class RandomErasing(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> RandomErasing:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale must be two shares of the image's area, 0 < low ≤ high ≤ 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError("ratio must be two aspect ratios (width / height), 0 < low ≤ high")
+        check_rectangles(self.scale, self.ratio)
         return self
 
 

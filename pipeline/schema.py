@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.augment_schema import AutoAugment, ColorJitter, Mixing, RandomErasing, Resolution
-from pipeline.section import Section, lists_to_tuples
+from pipeline.section import Section, check_rectangles, lists_to_tuples
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -106,10 +106,7 @@ class Transform(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> Transform:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError("scale must be two shares of the image's area, 0 < low ≤ high ≤ 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError("ratio must be two aspect ratios (width / height), 0 < low ≤ high")
+        check_rectangles(self.scale, self.ratio)
         if self.sizes[-1] > LONGEST_SIDE:
             raise ValueError(f"a size of {self.sizes[-1]} is more than {LONGEST_SIDE:,} pixels")
         if self.evaluation_resize < self.size:

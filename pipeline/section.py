@@ -16,3 +16,15 @@ def lists_to_tuples(values: object) -> object:
     if isinstance(values, dict):
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return values
+
+
+def check_rectangles(scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """For validators: the ranges that random rectangles of an image are drawn from.
+
+    Raises:
+        ValueError: they are no ranges, or of something that no rectangle is.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError("scale must be two shares of the image's area, 0 < low ≤ high ≤ 1")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ValueError("ratio must be two aspect ratios (width / height), 0 < low ≤ high")

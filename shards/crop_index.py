@@ -75,19 +75,25 @@ def open_index(tar: Path, sha256: str, samples: int | None = None) -> int | None
     Raises:
         UserError: if the file that is there is damaged, or of another version or another shard, with the mend.
     """
+    descriptor = _open(tar)
+    if descriptor is not None:
+        try:
+            _check_header(descriptor, tar, sha256, samples)
+        except (ValueError, OSError) as error:
+            os.close(descriptor)
+            raise _unusable(crop_index_path(tar), _describe(error)) from error
+    return descriptor
+
+
+def _open(tar: Path) -> int | None:
+    """A descriptor of the crop index of a shard; None if it has none."""
     path = crop_index_path(tar)
     try:
-        descriptor = open_regular(path)
+        return open_regular(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _unusable(path, f"cannot be read: {error.strerror}") from error
-    try:
-        _check_header(descriptor, tar, sha256, samples)
-    except (ValueError, OSError) as error:
-        os.close(descriptor)
-        raise _unusable(path, _describe(error)) from error
-    return descriptor
 
 
 def header_fault(tar: Path, sha256: str, samples: int) -> str | None:
@@ -188,19 +194,15 @@ def summarize(tar: Path) -> Counts | None:
     Raises:
         UserError: if the file is damaged.
     """
-    path = crop_index_path(tar)
-    try:
-        descriptor = open_regular(path)
-    except FileNotFoundError:
+    descriptor = _open(tar)
+    if descriptor is None:
         return None
-    except OSError as error:
-        raise _unusable(path, f"cannot be read: {error.strerror}") from error
     try:
         count = read_header(descriptor)[2]
         sizes = read_directory(descriptor, count)["size"]
         return Counts(count, int(np.count_nonzero(sizes > RECORD.size)), os.fstat(descriptor).st_size)
     except (ValueError, OSError) as error:
-        raise _unusable(path, _describe(error)) from error
+        raise _unusable(crop_index_path(tar), _describe(error)) from error
     finally:
         os.close(descriptor)
 
