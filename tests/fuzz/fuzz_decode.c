@@ -326,7 +326,7 @@ static void decode_files(const struct job *job, const struct input *input) {
         REQUIRE(record_size == job->record_size && memcmp(workspace->record.bytes, job->record, record_size) == 0,
                 "the record was read wrongly");
     }
-    if (!status && (record_size || reserve(&workspace->record, 1))) {
+    if (!status) {
         uint8_t *out = malloc(bytes * bytes * 3);
         status = decode_view(workspace, workspace->image.bytes, extent.size, workspace->record.bytes, record_size,
                              extent.row, &job->transform, job->epoch, job->sample, out);

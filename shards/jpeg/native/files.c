@@ -36,6 +36,10 @@ int read_image(struct workspace *workspace, const struct extent *extent) {
 int read_record(struct workspace *workspace, const struct extent *extent, size_t *size) {
     uint8_t entry[DIRECTORY_ENTRY];
     *size = 0;
+    /* even for no record there is a buffer: NULL would say that there is no index, and the image be decoded whole */
+    if (!reserve(&workspace->record, RECORD_HEADER)) {
+        return STATUS_NO_MEMORY;
+    }
     uint64_t offset = FILE_HEADER + DIRECTORY_ENTRY * (uint64_t)extent->row;
     if (!read_all(extent->index_descriptor, entry, sizeof entry, offset)) {
         return 0;

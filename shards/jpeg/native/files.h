@@ -16,8 +16,8 @@ struct extent {
 /* Read an image into the workspace. Returns 0, STATUS_UNREADABLE or STATUS_NO_MEMORY. */
 int read_image(struct workspace *workspace, const struct extent *extent);
 
-/* Read its record into the workspace; *size is 0 if it cannot be had, which no record passes for. Returns 0 or
-   STATUS_NO_MEMORY. */
+/* Read its record into the workspace, whose record is never NULL then; *size is 0 if it cannot be had, which no record
+   passes for. Returns 0 or STATUS_NO_MEMORY. */
 int read_record(struct workspace *workspace, const struct extent *extent, size_t *size);
 
 #endif

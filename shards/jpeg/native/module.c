@@ -112,9 +112,6 @@ static PyObject *load_files(PyObject *module, PyObject *args) {
             if (!result && is_indexed) {
                 result = read_record(workspace, &extent, &record_size);
             }
-            if (!result && is_indexed && !record_size && !reserve(&workspace->record, 1)) {
-                result = STATUS_NO_MEMORY;
-            }
             if (!result) {
                 result = decode_view(workspace, workspace->image.bytes, extent.size,
                                      is_indexed ? workspace->record.bytes : NULL, record_size, extent.row, &transform,
