@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import rungs
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked ranks must not inherit a pool of threads
 VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the tests marked gpu, in processes of their own
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others are the same on every machine, and fork
@@ -93,6 +95,14 @@ def write_config(tmp_path: Path, tiny_shards: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def require_rung(rung: str) -> str:
+    """The rung; skips the test where it cannot be used."""
+    reason = rungs.missing(rung)
+    if reason is not None:
+        pytest.skip(f"the {rungs.NAMES[rung]} {reason}")
+    return rung
 
 
 def fork_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 120) -> list[Any]:

@@ -20,6 +20,7 @@ from pipeline.schema import Transform
 from pipeline.tally import FIELDS, Tally
 from shards import jpeg
 from shards.errors import UserError
+from tests.conftest import require_rung
 
 FASTER = RUNGS[:-1]
 SMALL = {"size": 64, "evaluation_resize": 72}  # images of the tests are often smaller: enlarged, too
@@ -35,10 +36,7 @@ TRANSFORMS = {
 @pytest.fixture(params=FASTER)
 def rung(request: pytest.FixtureRequest) -> str:
     """Each rung above Pillow that is there."""
-    reason = rungs.missing(request.param)
-    if reason is not None:
-        pytest.skip(f"the {rungs.NAMES[request.param]} {reason}")
-    return request.param
+    return require_rung(request.param)
 
 
 def photo(generator: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -234,8 +232,7 @@ AUGMENTED = {
     ids=lambda value: value if isinstance(value, str) else "augmented" if value else "plain",
 )
 def test_a_decoder_starts_no_threads_of_its_own(choice: str, sections: dict, tmp_path: Path) -> None:
-    if rungs.missing(choice) is not None:
-        pytest.skip(f"the {rungs.NAMES[choice]} {rungs.missing(choice)}")
+    require_rung(choice)
     path = tmp_path / "image.jpg"
     path.write_bytes(encode(photo(np.random.default_rng(4), 700, 600), "420"))
     root = Path(__file__).resolve().parents[2]

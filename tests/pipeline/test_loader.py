@@ -31,6 +31,7 @@ from pipeline.slabs import SlabRing
 from shards.cli import main as shards_main
 from shards.errors import UserError
 from shards.index import load_split
+from tests.conftest import require_rung
 
 TRANSFORM = Transform(size=24, evaluation_resize=28)
 
@@ -45,10 +46,7 @@ def reader(tiny_shards):
 @pytest.fixture(params=RUNGS)
 def rung(request: pytest.FixtureRequest) -> str:
     """Each rung that is there."""
-    reason = rungs.missing(request.param)
-    if reason is not None:
-        pytest.skip(f"the {rungs.NAMES[request.param]} {reason}")
-    return request.param
+    return require_rung(request.param)
 
 
 def request_of(*ids: int, epoch: int | None = 0) -> Request:
