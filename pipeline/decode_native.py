@@ -33,14 +33,7 @@ class NativeDecoder:
         samples: np.ndarray,
         stop: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Decode images that lie in open files.
-
-        Args:
-            extents: jpeg.EXTENT_DTYPE [n].
-            out: uint8 [n, size, size, 3], contiguous, written in place.
-            epochs: int64 [n], of training views; None for evaluation.
-            samples: int64 [n].
-            stop: uint8 [1]; another thread sets it to end the call after the image under way.
+        """Decode images that lie in open files. Arguments as `decode.Decoder.files`.
 
         Returns:
             int32 [n], a `jpeg.Status` for each image.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -154,7 +153,6 @@ class Loader:
         self._tally = Tally()
         self._requests = iter(requests)
         self._threads = threads
-        self._closed = threading.Event()
         self._stop = np.zeros(1, np.uint8)
         self._failure: Exception | None = None
         self._pool = decode_pool(threads)
@@ -193,7 +191,6 @@ class Loader:
 
     def close(self) -> None:
         """Drop what is loaded ahead and end the threads, and reads that wait; a decode under way is waited for."""
-        self._closed.set()
         self._stop[0] = 1
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.reader.interrupt()
@@ -240,7 +237,7 @@ class Loader:
             error.add_note(self.reader.describe(error.sample))
             raise
         for slot in left:
-            if self._closed.is_set():
+            if self._stop[0]:
                 break
             sample = int(ids[slot])
             try:

@@ -160,18 +160,18 @@ class Monitor:
         """Record who decoded the images of an epoch, or of an evaluation, of all ranks; warn of what was not normal."""
         self._metrics.write("decode", samples=samples, split=split, images=tally.images, **tally.figures())
         fallen = tally.fallen(self.plan.rungs or rungs.RUNGS)
-        if fallen and "decode" not in self._seen:
-            self.warn("decode", f"{split}: {fallen}")
-        if tally["stale"] and "crop index" not in self._seen:
-            self.warn(
+        if fallen:
+            self._warn_once("decode", f"{split}: {fallen}")
+        if tally["stale"]:
+            self._warn_once(
                 "crop index",
                 f"{split}: {tally['stale']:,} images have a crop index record that is damaged or another image's; they "
                 "were decoded from the top. Check the shards: shards verify DIR",
             )
         is_local = self.plan.crop_indexes is not None
         unindexed = tally["native"] and not tally["indexed"] and not tally["stale"]
-        if is_local and unindexed and "no crop index" not in self._seen:
-            self.warn(
+        if is_local and unindexed:
+            self._warn_once(
                 "no crop index",
                 f"{split}: no image was decoded from a crop index, so each was decoded from its top. "
                 f"Make one: shards index {self.plan.config.recipe.data} --decode",
@@ -190,6 +190,11 @@ class Monitor:
         """Record a warning, and print the first of its kind."""
         self._metrics.write("warning", kind=kind, message=message)
         self._say_once(kind, message)
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        """Record and print the first warning of a kind alone: the figures that follow repeat the rest."""
+        if kind not in self._seen:
+            self.warn(kind, message)
 
     def _say_once(self, kind: str, message: str) -> None:
         if kind not in self._seen:

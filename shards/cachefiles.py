@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from shards.sidecars import SIDECARS
+
 NextUse = Callable[[str], int | None]
 """sha256 of a shard → when it is needed next, on any scale that grows with time; None if it is not known to be."""
-
-LARGE_SIDECARS = (".cropindex",)
-"""Suffixes of what stands beside a tar and goes with it; the small rest stays for when the tar comes back."""
 
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.tar|-(\d+)\.part)")
 _NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs")
@@ -201,10 +200,17 @@ def make_room(folder: Path, needed: int, next_use: NextUse | None = None, before
             if freed >= needed:
                 for file in chosen:
                     file.path.unlink(missing_ok=True)
-                    for suffix in LARGE_SIDECARS * file.complete:
-                        file.path.with_suffix(suffix).unlink(missing_ok=True)
+                    if file.complete:
+                        _remove_extras(file.path)
                 return True
     return False
+
+
+def _remove_extras(tar: Path) -> None:
+    """The optional sidecars are large and go with their tar; the small rest stays for when it comes back."""
+    for sidecar in SIDECARS:
+        if sidecar.optional:
+            sidecar.path(tar).unlink(missing_ok=True)
 
 
 def _hold(file: CacheFile, held: ExitStack) -> bool:

@@ -7,7 +7,7 @@ docs/crop_index.md describes the file and what is checked when; `shards.jpeg` ma
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,17 +98,11 @@ def _open(tar: Path) -> int | None:
 
 def header_fault(tar: Path, sha256: str, samples: int) -> str | None:
     """Why `open_index` would refuse the file, or "is missing"; None if it would not."""
-    try:
-        descriptor = open_regular(crop_index_path(tar))
-    except OSError as error:
-        return "is missing" if isinstance(error, FileNotFoundError) else _describe(error)
-    try:
+
+    def look(descriptor: int) -> None:
         _check_header(descriptor, tar, sha256, samples)
-    except (ValueError, OSError) as error:
-        return _describe(error)
-    finally:
-        os.close(descriptor)
-    return None
+
+    return _fault(tar, look)
 
 
 def index_fault(tar: Path, samples: np.ndarray, sha256: str) -> str | None:
@@ -119,11 +113,8 @@ def index_fault(tar: Path, samples: np.ndarray, sha256: str) -> str | None:
         samples: SAMPLE_DTYPE [n], the images of the tar; of those with size 0 nothing is known.
         sha256: of the tar, in hexadecimal.
     """
-    try:
-        descriptor = open_regular(crop_index_path(tar))
-    except OSError as error:
-        return "is missing" if isinstance(error, FileNotFoundError) else _describe(error)
-    try:
+
+    def look(descriptor: int) -> str | None:
         spacing = _check_header(descriptor, tar, sha256, len(samples))
         if spacing != SPACING:
             return f"was made with {spacing:,} pixels between entries, not {SPACING}"
@@ -132,11 +123,23 @@ def index_fault(tar: Path, samples: np.ndarray, sha256: str) -> str | None:
             fault = record_fault(record, row, int(samples["size"][row]))
             if fault is not None:
                 return f"its record of image {row} {fault}"
+        return None
+
+    return _fault(tar, look)
+
+
+def _fault(tar: Path, look: Callable[[int], str | None]) -> str | None:
+    """What `look` finds in the open crop index of a shard, or why it cannot look, or "is missing"."""
+    try:
+        descriptor = open_regular(crop_index_path(tar))
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else _describe(error)
+    try:
+        return look(descriptor)
     except (ValueError, OSError) as error:
         return _describe(error)
     finally:
         os.close(descriptor)
-    return None
 
 
 def content_fault(tar: Path, samples: np.ndarray, sha256: str) -> str | None:
