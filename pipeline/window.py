@@ -81,9 +81,8 @@ class WindowOrder:
         self.update = update
         self._width = update // streams  # positions of a stream in each update
         self._workers_per_stream = logical_workers // streams
-        self._first_ids = _cumulated(shard_samples)
-        deal = permute(np.arange(len(shard_samples)), len(shard_samples), f"{seed}:deal").tolist()
-        self._dealt = _Sequence([Piece(shard, 0, shard_samples[shard]) for shard in deal], self._first_ids)
+        deal = permute(np.arange(len(shard_samples)), len(shard_samples), f"{seed}:deal")
+        self._dealt = _Sequence.of_shards(shard_samples).taken(deal)
         self._sequence = lru_cache(maxsize=2 * streams)(self._build_sequence)
 
     @property
@@ -125,7 +124,7 @@ class WindowOrder:
                 stop = min(start + self.window, end - begin)
                 last = self._position(stream, begin + stop - 1)
                 if last >= position:
-                    yield Block(sequence.cut(start, stop), self._position(stream, begin + start), last)
+                    yield Block(sequence.cut(start, stop).pieces(), self._position(stream, begin + start), last)
 
     def _stream_ids(self, epoch: int, stream: int, positions: np.ndarray) -> np.ndarray:
         begin, end = self._range(epoch, stream)
@@ -157,38 +156,53 @@ class WindowOrder:
         stop = sum(end - begin for begin, end in ranges)
         start = stop - (ranges[-1][1] - ranges[-1][0])
         dealt = self._dealt.cut(start, stop)
-        shuffled = permute(np.arange(len(dealt)), len(dealt), f"{self.seed}:{epoch}:{stream}:shards")
-        return _Sequence([dealt[number] for number in shuffled.tolist()], self._first_ids)
+        pieces = len(dealt.shards)
+        return dealt.taken(permute(np.arange(pieces), pieces, f"{self.seed}:{epoch}:{stream}:shards"))
 
 
 class _Sequence:
-    """Pieces laid end to end.
+    """Pieces laid end to end, in arrays: there may be a million.
+
+    Args:
+        shards: the shard number of each: int64 [pieces].
+        starts: the row of its shard that each begins with: int64 [pieces].
+        first_ids: the sample id that each begins with: int64 [pieces].
+        samples: the number of samples of each: int64 [pieces].
 
     Attributes:
-        pieces: what they are.
         bounds: the offset at which each begins, and the end of the last: int64 [pieces + 1].
-        first_ids: the sample id that each begins with: int64 [pieces].
     """
 
-    def __init__(self, pieces: Sequence[Piece], first_ids: np.ndarray) -> None:
-        self.pieces = pieces
-        self.bounds = _cumulated([piece.samples for piece in pieces])
-        self.first_ids = np.array([first_ids[piece.shard] + piece.start for piece in pieces], dtype=np.int64)
+    def __init__(self, shards: np.ndarray, starts: np.ndarray, first_ids: np.ndarray, samples: np.ndarray) -> None:
+        self.shards = shards
+        self.starts = starts
+        self.first_ids = first_ids
+        self.samples = samples
+        self.bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(samples)])
 
-    def cut(self, start: int, stop: int) -> tuple[Piece, ...]:
+    @classmethod
+    def of_shards(cls, shard_samples: Sequence[int]) -> _Sequence:
+        """Whole shards, in their order."""
+        samples = np.asarray(shard_samples, dtype=np.int64)
+        return cls(np.arange(len(samples)), np.zeros_like(samples), np.cumsum(samples) - samples, samples)
+
+    def taken(self, numbers: np.ndarray | slice) -> _Sequence:
+        """The pieces with some numbers, in their order."""
+        return _Sequence(self.shards[numbers], self.starts[numbers], self.first_ids[numbers], self.samples[numbers])
+
+    def cut(self, start: int, stop: int) -> _Sequence:
         """The parts of the pieces that lie at offsets [start, stop)."""
         first = int(np.searchsorted(self.bounds, start, side="right")) - 1
         last = int(np.searchsorted(self.bounds, stop, side="left"))
-        parts = []
-        for piece, offset in zip(self.pieces[first:last], self.bounds[first:last].tolist(), strict=True):
-            begin, end = max(start - offset, 0), min(stop - offset, piece.samples)
-            if begin < end:
-                parts.append(Piece(piece.shard, piece.start + begin, end - begin))
-        return tuple(parts)
+        touched, offsets = self.taken(slice(first, last)), self.bounds[first:last]
+        begins = np.maximum(start - offsets, 0)
+        lengths = np.minimum(stop - offsets, touched.samples) - begins
+        parts = _Sequence(touched.shards, touched.starts + begins, touched.first_ids + begins, lengths)
+        return parts.taken(np.flatnonzero(lengths > 0))
 
-
-def _cumulated(sizes: Sequence[int]) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+    def pieces(self) -> tuple[Piece, ...]:
+        """The same as objects."""
+        return tuple(map(Piece, self.shards.tolist(), self.starts.tolist(), self.samples.tolist()))
 
 
 class WindowThenUniform:
@@ -229,11 +243,10 @@ def windows_of(order: SampleStream) -> WindowOrder | None:
 
 def sequential_blocks(shard_samples: Sequence[int], start: int, stop: int, size: int) -> Iterator[Block]:
     """Samples [start, stop) by their ids, in blocks of at most `size`, as evaluation reads them."""
-    first_ids = _cumulated(shard_samples)
-    sequence = _Sequence([Piece(shard, 0, samples) for shard, samples in enumerate(shard_samples)], first_ids)
+    sequence = _Sequence.of_shards(shard_samples)
     for first in range(start, stop, size):
         last = min(first + size, stop)
-        yield Block(sequence.cut(first, last), first, last - 1)
+        yield Block(sequence.cut(first, last).pieces(), first, last - 1)
 
 
 def merge(streams: Sequence[Iterator[Block]]) -> Iterator[Block]:
