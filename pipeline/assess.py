@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from pipeline import checkpoint, config, model, resume
+from pipeline import checkpoint, config, model, resume, saves
 from pipeline.dataset import open_split
 from pipeline.decode import make_decoder
 from pipeline.evaluate import Result, evaluate
@@ -82,10 +83,11 @@ def _find(path: Path) -> tuple[Path, Path | None]:
         candidates = [path.parent, path.parent.parent.parent]
         return path, next((folder for folder in candidates if (folder / checkpoint.RESOLVED_FILE).exists()), None)
     if (path / resume.STATE_FILE).exists():
+        saves.verify(path)
         return path / checkpoint.WEIGHTS_FILE, path.parent.parent
     if (path / checkpoint.WEIGHTS_FILE).exists():
         return path / checkpoint.WEIGHTS_FILE, path
-    saved = resume.find_latest(path)
+    saved = resume.find_latest(path, lambda damage: print(f"onehour: warning: {damage}", file=sys.stderr))
     if saved is not None:
         return saved.folder / checkpoint.WEIGHTS_FILE, path
     raise UserError(f"{path}: neither a weights file, nor a checkpoint, nor a run folder with either")

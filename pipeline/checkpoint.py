@@ -8,61 +8,83 @@ At ZeRO stage 0 every rank holds the same state, so rank 0 writes one copy that 
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
+import io
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import filesize
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline import resume
-from pipeline.model import export
+from pipeline import saves
+from pipeline.model import exported
 from pipeline.plan import Plan
 from pipeline.resume import Checkpoint, Facts
+from pipeline.saves import OPTIMIZER_FILE, WEIGHTS_FILE
 from shards.errors import UserError
+from shards.files import sync_folder, write_whole
 
-WEIGHTS_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
 RESOLVED_FILE = "config.resolved.json"
 """In the run folder: the configuration with every default, which `config.load` accepts again."""
 
 
 def save(
-    plan: Plan, model: nn.Module, optimizer_state: dict[str, Any], *, samples: int, step: int, classes: int
+    plan: Plan,
+    weights: Mapping[str, torch.Tensor],
+    optimizer_state: Mapping[str, Any],
+    *,
+    samples: int,
+    step: int,
+    classes: int,
 ) -> Path:
     """Write a checkpoint: into a temporary folder, synced, renamed; then `latest` moves; then old ones go.
 
     Called by rank 0, after the BN statistics were averaged.
 
+    Args:
+        plan: of the run.
+        weights: the model's state, by name.
+        optimizer_state: tensors and plain containers.
+        samples: consumed.
+        step: updates done.
+        classes: that the network tells apart.
+
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        UserError: it cannot be written, the disk being full for example. What was saved before is untouched.
     """
-    folder = resume.checkpoints_folder(plan.config.run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".partial-*"):  # of a process that was killed while saving
-        shutil.rmtree(leftover)
+    run = plan.config.run_folder
+    folder = saves.checkpoints_folder(run)
     final = folder / f"step-{step}"
     partial = folder / f".partial-{final.name}-{os.getpid()}"
-    partial.mkdir()
-    export(model, partial / WEIGHTS_FILE, plan.config.recipe.model, classes)
-    torch.save(optimizer_state, partial / OPTIMIZER_FILE)
-    digests = {name: _sha256(partial / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
-    checkpoint = Checkpoint(final, samples, step, Facts.of(plan), digests)
-    (partial / resume.STATE_FILE).write_text(json.dumps(checkpoint.state(), indent=1), encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
-    if final.exists():  # the same step again, after a resume from an older checkpoint
-        shutil.rmtree(final)
-    partial.rename(final)
-    write_atomically(folder / resume.LATEST_FILE, final.name)
-    for _, old in resume.saved_steps(plan.config.run_folder)[: -plan.config.recipe.checkpoint.keep]:
-        if old != final:
-            shutil.rmtree(old)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saves.sweep(run)
+        _check_space(folder, weights, optimizer_state)
+        partial.mkdir()
+        digests = {
+            WEIGHTS_FILE: _write(partial / WEIGHTS_FILE, exported(weights, plan.config.recipe.model, classes)),
+            OPTIMIZER_FILE: _write(partial / OPTIMIZER_FILE, _pickled(optimizer_state)),
+        }
+        checkpoint = Checkpoint(final, samples, step, Facts.of(plan), digests, plan.batch.world_size)
+        _write(partial / saves.STATE_FILE, saves.seal(checkpoint.state()).encode())
+        sync_folder(partial)
+        _put_in_place(partial, final)
+        write_whole(folder / saves.LATEST_FILE, final.name.encode())
+    except (OSError, UserError) as error:
+        raise _cannot_be_saved(final, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    saves.prune(run, plan.config.recipe.checkpoint.keep)
     return final
 
 
@@ -72,13 +94,7 @@ def load(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or damaged, or does not fit the model.
     """
-    for name, digest in checkpoint.digests.items():
-        path = checkpoint.folder / name
-        if not path.is_file() or _sha256(path) != digest:
-            raise UserError(
-                f"{path}: damaged: its sha256 is not the one that was saved",
-                f"Remove {checkpoint.folder} to continue from the save before it.",
-            )
+    saves.verify(checkpoint.folder)  # `find_latest` did, and then it costs nothing
     load_weights(checkpoint.folder / WEIGHTS_FILE, model)
     return torch.load(checkpoint.folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
 
@@ -97,23 +113,60 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise UserError(f"{path}: the weights do not fit the model", *str(error).splitlines()[1:4]) from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old content or the new, whatever is killed when."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
+def _write(path: Path, content: bytes | memoryview) -> str:
+    """Write a file and wait until it is on disk. Returns the sha256 of what it should contain."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _pickled(state: Mapping[str, Any]) -> memoryview:
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getbuffer()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Give a complete save its name. One of the same step stands aside until then, and is found there meanwhile."""
+    replaced = final.with_name(saves.REPLACED_PREFIX + final.name)
+    if final.exists():  # the same step again, after a resume from an older checkpoint or instead of a damaged one
+        final.rename(replaced)
+    partial.rename(final)
+    sync_folder(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _check_space(folder: Path, *trees: Any) -> None:
+    """Raise the error of a full disk before it is full: what else is written there goes on."""
+    needed = sum(tensor.nbytes for tree in trees for tensor in _tensors(tree))
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, f"a save takes {filesize.decimal(needed)}, and there is no space for it")
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _cannot_be_saved(final: Path, error: OSError | UserError) -> UserError:
+    reason = error.headline if isinstance(error, UserError) else error.strerror
+    run = final.parent.parent
+    safe = saves.newest_whole(run)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        free = f"{filesize.decimal(shutil.disk_usage(run).free)} free there"
+    except OSError:
+        free = "its file system does not answer"
+    return UserError(
+        f"{final}: the checkpoint cannot be saved: {reason} ({free})",
+        f"Safe is the save before it: {safe}" if safe is not None else "There is no earlier save.",
+        "Make room, with recipe.checkpoint.keep or on another disk; then the same command continues from what is safe.",
+    )

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline import batch, config, hosts, resume
 from pipeline.config import Config
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
             pass  # rank 0 holds it while it trains: a second training must not touch the first one's folder
     if args.fresh:
         _set_aside(folder, console)
-    saved = resume.find_latest(folder)
+    saved = resume.find_latest(folder, lambda damage: console.print(f"[bold red]WARNING[/]   {escape(damage)}"))
     if saved is not None:
         resume.check(saved, plan)
         if saved.step >= plan.steps and _finished(folder):

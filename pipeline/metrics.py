@@ -14,7 +14,7 @@ samples / train_samples. A number that was not finite is null. Of images that `r
     evaluation  epoch samples top1 top5 loss images seconds
     decode      samples split images, and those of tally.FIELDS that are not 0: what decoded the images of an epoch
                 or an evaluation, of all ranks, with those that only fill its last micro-batches
-    checkpoint  samples path seconds
+    checkpoint  samples path seconds held: written when it is on disk; the training stood still for `held` seconds
     skip        step skipped loss_scale: updates withheld by an overflow since the last report
     warning     kind message …
     finished    samples top1 top5 images median_top1 median_epochs seconds steps_share

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.distributed as dist
 from rich import filesize
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.layers import evo_norm, filter_response_norm, grn, inplace_abn, norm, norm_act, split_batchnorm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline import schema
 from shards.errors import UserError
+from shards.files import write_whole
 
 FC_STD = 0.01  # paper §5.1: "The 1000-way fully-connected layer is initialized … with standard deviation of 0.01"
 
@@ -288,11 +289,20 @@ def first_not_finite(model: nn.Module) -> str | None:
 
 
 def export(model: nn.Module, path: Path, recipe: schema.Model, classes: int) -> None:
-    """Write the weights as safetensors under timm's own names.
+    """Write a model's weights as `exported` has them; the file is whole or not there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_whole(path, exported(model.state_dict(), recipe, classes))
+
+
+def exported(weights: Mapping[str, torch.Tensor], recipe: schema.Model, classes: int) -> bytes:
+    """Weights as the content of a safetensors file, under timm's own names.
 
     `timm.create_model(name, num_classes=…, checkpoint_path=path, **args)` loads the file; how to call it is in the
     file's metadata.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     arguments = {"num_classes": classes, **recipe.args}
-    save_file(state, path, metadata={"format": "pt", "timm_model": recipe.name, "timm_args": json.dumps(arguments)})
+    return save(state, metadata={"format": "pt", "timm_model": recipe.name, "timm_args": json.dumps(arguments)})

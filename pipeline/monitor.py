@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from pipeline.engine import Engine
 from pipeline.evaluate import Result
 from pipeline.metrics import FILE_NAME, MetricsWriter
 from pipeline.plan import Plan, format_page
+from pipeline.saver import Saved
 from pipeline.sums import Window
 from pipeline.tally import Tally
 from pipeline.versions import versions
@@ -177,13 +177,18 @@ class Monitor:
                 f"Make one: shards index {self.plan.config.recipe.data} --decode",
             )
 
-    def checkpoint(self, *, samples: int, folder: Path, seconds: float) -> str:
-        """Record a save; returns its part of the line."""
-        self._metrics.write("checkpoint", samples=samples, path=folder, seconds=seconds)
-        return f"saved {self.plan.config.run_folder}/…/{folder.name}"
+    def checkpoint(self, saved: Saved) -> None:
+        """Record and print that a save is on disk."""
+        self._metrics.write(
+            "checkpoint", samples=saved.samples, path=saved.folder, seconds=saved.seconds, held=saved.held
+        )
+        self.line(
+            f"saved {self.plan.config.run_folder}/…/{saved.folder.name}",
+            f"{saved.seconds:.1f} s, the training held for {saved.held:.2f} s",
+        )
 
     def line(self, *parts: str) -> None:
-        """Print one line of a finished epoch."""
+        """Print one line, of a finished epoch or of a save."""
         self.console.print("   ".join(part for part in parts if part), markup=False)
 
     def warn(self, kind: str, message: str) -> None:

@@ -1,13 +1,13 @@
 """Which checkpoint a run continues from, and whether it belongs to this run: facts in JSON, no weights, no torch.
 
-A checkpoint is a folder `checkpoints/step-N` that appears whole, by a rename. Its `state.json` holds the one integer
-that is the state, samples consumed, and everything that integer's meaning depends on.
+The `state.json` of a checkpoint holds the one integer that is the state, samples consumed, and everything that
+integer's meaning depends on. What a checkpoint is on disk, and whether it is whole, is in `saves`.
 """
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,9 @@ from typing import Any
 from pipeline.augment import VIEWS_NAME
 from pipeline.augment_schema import IMAGE_AUGMENT_NAME, MIXING_NAME
 from pipeline.plan import Plan
+from pipeline.saves import STATE_FILE, DamagedError, checkpoints_folder, in_order_of_use, read_state, verify
 from shards.errors import UserError
 
-STATE_FILE = "state.json"
-LATEST_FILE = "latest"
-STEP_FOLDER = re.compile(r"^step-(\d+)$")
 FORMAT = 1
 
 
@@ -92,6 +90,7 @@ class Checkpoint:
         step: updates done.
         facts: of the run that saved it.
         digests: sha256 of the other files, by name.
+        world_size: ranks of the process that saved it; None where an older version did. Any number may continue.
     """
 
     folder: Path
@@ -99,62 +98,69 @@ class Checkpoint:
     step: int
     facts: Facts
     digests: dict[str, str]
+    world_size: int | None = None
 
     def state(self) -> dict[str, Any]:
-        """The content of `state.json`."""
+        """The content of `state.json`, which `saves.seal` makes a text of."""
         return {
             "format": FORMAT,
             "samples": self.samples,
             "step": self.step,
             "facts": asdict(self.facts),
             "sha256": self.digests,
+            "world_size": self.world_size,
         }
 
 
-def checkpoints_folder(run_folder: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_folder / "checkpoints"
+def find_latest(run_folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to continue from, or None where nothing was saved.
 
+    It is the one that `latest` names, else the newest; all its files are compared with their digests. Where it is
+    damaged, the one before it is taken, and so on.
 
-def saved_steps(run_folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every complete save of a run, oldest first."""
-    folder = checkpoints_folder(run_folder)
-    if not folder.is_dir():
-        return []
-    found = ((STEP_FOLDER.match(path.name), path) for path in folder.iterdir() if path.is_dir())
-    return sorted((int(match[1]), path) for match, path in found if match)
+    Args:
+        run_folder: of the run.
+        warn: told of damaged saves that were passed over, if there are any; a person must come to know.
 
-
-def find_latest(run_folder: Path) -> Checkpoint | None:
-    """The checkpoint to continue from: the one that `latest` names, else the newest complete one, else None."""
-    saved = dict(saved_steps(run_folder))
-    if not saved:
-        return None
-    try:
-        named = (checkpoints_folder(run_folder) / LATEST_FILE).read_text(encoding="utf-8").strip()
-    except OSError:
-        named = ""
-    match = STEP_FOLDER.match(named)
-    step = int(match[1]) if match and int(match[1]) in saved else max(saved)
-    return read(saved[step])
+    Raises:
+        UserError: everything that was saved is damaged, or is of a version that cannot be read.
+    """
+    damaged: list[str] = []
+    for folder in in_order_of_use(run_folder):
+        try:
+            verify(folder)
+            found = read(folder)
+        except DamagedError as error:
+            damaged.append(error.headline)
+            continue
+        if damaged:
+            warn("\n  ".join([*damaged, f"PASSED OVER. The run continues from the save before: {folder}"]))
+        return found
+    if damaged:
+        raise UserError(
+            f"{checkpoints_folder(run_folder)}: none of the saves is whole",
+            *damaged,
+            "Bring one of them back from a copy, or start anew with --fresh: the run is then kept beside the new one.",
+        )
+    return None
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read a checkpoint's facts.
+    """Read a checkpoint's facts; its other files are not looked at.
 
     Raises:
-        UserError: the folder is not a checkpoint of this program, or of a version that cannot be read.
+        DamagedError: they are not what was saved.
+        UserError: they are of a version that cannot be read.
     """
     path = folder / STATE_FILE
+    state = read_state(folder)
+    if state["format"] != FORMAT:
+        raise UserError(f"{path}: format {state['format']} cannot be read; this version reads format {FORMAT}")
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise UserError(f"{path}: format {state['format']} cannot be read; this version reads format {FORMAT}")
-        return Checkpoint(folder, state["samples"], state["step"], Facts(**state["facts"]), state["sha256"])
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a checkpoint: it has no {STATE_FILE}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged: {error}", "Remove the folder to continue from the save before it.") from None
+        facts = Facts(**state["facts"])
+    except TypeError as error:
+        raise UserError(f"{path}: another version of onehour saved it: {error}") from None
+    return Checkpoint(folder, state["samples"], state["step"], facts, state["sha256"], state.get("world_size"))
 
 
 def check(checkpoint: Checkpoint, plan: Plan) -> None:

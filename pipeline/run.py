@@ -27,16 +27,20 @@ from pipeline.readers import evaluation_reader, reads_in_sequence, training_read
 from pipeline.record import RunRecord
 from pipeline.resume import Checkpoint
 from pipeline.samples import SampleWriter
+from pipeline.saver import Saver
 from pipeline.sums import StepSums, Window, over_ranks
 from pipeline.tally import Tally
 from pipeline.versions import versions
 from shards.errors import UserError
-from shards.files import exclusive
+from shards.files import exclusive, write_whole
 
 MAX_WITHHELD_UPDATES = 50
 
 
-FACT_MENDS = {"decoder": "Name a decoder that every host has: recipe.loader.decoder (onehour doctor shows them)."}
+FACT_MENDS = {
+    "decoder": "Name a decoder that every host has: recipe.loader.decoder (onehour doctor shows them).",
+    "checkpoint": "A host that finds a save damaged goes on from the one before it: onehour checkpoints RUN --verify.",
+}
 """What helps where a fact differs, besides making the hosts alike."""
 
 
@@ -54,6 +58,7 @@ class Prepared:
         saved: the checkpoint to continue from, or None.
         network: the model, with the checkpoint's weights if there is one.
         state: the engine's state out of the checkpoint, or None.
+        warnings: what a person must come to know of the checkpoints.
     """
 
     plan: Plan
@@ -62,6 +67,7 @@ class Prepared:
     saved: Checkpoint | None
     network: nn.Module
     state: dict[str, Any] | None
+    warnings: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """What must be the same on every host."""
@@ -105,6 +111,7 @@ class Run:
         self.decoder = make_decoder(recipe.transform, recipe.seed, recipe.loader.decoder)
         self.threads = recipe.loader.threads or default_threads(world.local_size)
         self.monitor: Monitor | None = None
+        self.saver: Saver | None = None
         self._open = contextlib.ExitStack()
         self.train_split, self.validation_split = prepared.train_split, prepared.validation_split
         # on the CPU and before the engine has the model; only rank 0 prints the page
@@ -124,10 +131,13 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open.enter_context(exclusive(self.folder, "training"))
             resolved = {**plan.config.resolved(), **plan.batch.deepspeed()}
-            checkpoint.write_atomically(self.folder / checkpoint.RESOLVED_FILE, json.dumps(resolved, indent=2) + "\n")
+            write_whole(self.folder / checkpoint.RESOLVED_FILE, (json.dumps(resolved, indent=2) + "\n").encode())
             page = plan.page(ranks=_where(world), model_lines=model_lines)
             resumed_from = self.samples if saved is not None else None
             self.monitor = self._open.enter_context(contextlib.closing(Monitor(plan, self.engine, page, resumed_from)))
+            for warning in prepared.warnings:
+                self.monitor.warn("checkpoint", warning)
+            self.saver = self._open.enter_context(Saver(plan, self.classes, self.monitor.checkpoint))
         self._training_reader: Reader | None = None
         self._seconds_in_steps = 0.0
         self._timed_until = 0.0
@@ -140,7 +150,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        self._open.__exit__(kind, error, trace)
 
     def train(self) -> None:
         """Train to the end of the configured epochs, evaluate, save, export."""
@@ -174,6 +184,8 @@ class Run:
                 before = self.samples
                 self.step += 1
                 self.samples += self.plan.batch.train
+                if self.saver is not None:
+                    self.saver.poll()
                 waited = batches.take_waited()
                 for window in (recent, whole_epoch):
                     window.add(sums, self.plan.batch.train, waited)
@@ -188,9 +200,7 @@ class Run:
                     self._end_epoch(whole_epoch, before, ended)
                     whole_epoch = StepSums(self.world.device)
                 elif self._save_due(before):
-                    line = self._save()
-                    if self.monitor is not None:
-                        self.monitor.line(f"update {self.step:,}", line)
+                    self._save()
                     self._timed_until = time.perf_counter()
         if record is not None:
             record.close()
@@ -260,10 +270,10 @@ class Run:
             result = self._evaluate()
             if self.monitor is not None:
                 parts.append(self.monitor.evaluation(samples=self.samples, result=result))
-        if last or self._save_due(before):
-            parts.append(self._save())
         if self.monitor is not None:
             self.monitor.line(*parts)
+        if last or self._save_due(before):
+            self._save()
         self._timed_until = time.perf_counter()
 
     def _evaluate(self) -> Result:
@@ -284,30 +294,21 @@ class Run:
             self._report_decoding(split.name, batches.take_tally())
         return result
 
-    def _save(self) -> str:
-        """Write a checkpoint; every rank calls it, rank 0 writes."""
+    def _save(self) -> None:
+        """Save a checkpoint; every rank calls it, rank 0 writes."""
         model.average_statistics(self.engine.model)
         # the loss of the last update was finite, but it was measured before its weights were changed
         broken = model.first_not_finite(self.engine.model)
         if broken is not None:
             raise self._divergence(f"{broken} is not finite after update {self.step:,}")
-        if self.monitor is None:
-            return ""
-        began = time.perf_counter()
-        folder = checkpoint.save(
-            self.plan,
-            self.engine.model,
-            self.engine.state(),
-            samples=self.samples,
-            step=self.step,
-            classes=self.classes,
-        )
-        return self.monitor.checkpoint(samples=self.samples, folder=folder, seconds=time.perf_counter() - began)
+        if self.saver is not None:
+            self.saver.save(self.engine.model, self.engine.state(), samples=self.samples, step=self.step)
 
     def _finish(self) -> None:
         """Export the weights, write down that the run is complete, and make the report."""
-        if self.monitor is None:
+        if self.monitor is None or self.saver is None:
             return
+        self.saver.wait()
         recipe = self.plan.config.recipe
         model.export(self.engine.model, self.folder / checkpoint.WEIGHTS_FILE, recipe.model, self.classes)
         record = RunRecord.read(self.folder)

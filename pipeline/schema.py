@@ -145,6 +145,7 @@ class Checkpoints(Section):
 
     every_epochs: float = Field(1, gt=0, description="may be a part of an epoch")
     keep: int = Field(3, ge=1)
+    background: bool = Field(True, description="written beside the training, which waits only while memory is copied")
 
 
 class Loader(Section):

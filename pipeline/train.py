@@ -71,13 +71,14 @@ def prepare(config_path: str, overrides: Sequence[str], world: World) -> Prepare
     experiment = config.load(config_path, overrides)
     check_monitors(experiment)
     plan, train_split, validation_split = open_run(experiment, world.size, world.local_ranks)
-    saved = resume.find_latest(plan.config.run_folder)
+    warnings: list[str] = []
+    saved = resume.find_latest(plan.config.run_folder, warnings.append)
     if saved is not None:
         resume.check(saved, plan)
     recipe = plan.config.recipe
     network = model.create(recipe.model, len(train_split.classes), recipe.seed, recipe.transform.sizes)
     state = checkpoint.load(saved, network) if saved is not None else None
-    return Prepared(plan, train_split, validation_split, saved, network, state)
+    return Prepared(plan, train_split, validation_split, saved, network, state, tuple(warnings))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

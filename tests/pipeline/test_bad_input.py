@@ -191,7 +191,8 @@ def saved(write_config) -> Path:
     path = write_config("saved")
     planned = open_run(config.load(path), 1)[0]
     network = model.create(planned.config.recipe.model, 5, seed=0)
-    checkpoint.save(planned, network, {"optimizer": {}, "loss_scaler": None}, samples=32, step=1, classes=5)
+    state = {"optimizer": {}, "loss_scaler": None}
+    checkpoint.save(planned, network.state_dict(), state, samples=32, step=1, classes=5)
     return path
 
 
