@@ -1,4 +1,4 @@
-"""The `onehour` command: plan, train, evaluate, report, audit, doctor."""
+"""The `onehour` command: plan, train, evaluate, report, audit, checkpoints, doctor."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipeline import doctor
 
             return doctor.run(args)
+        if args.command == "checkpoints":
+            from pipeline import inventory
+
+            return inventory.run(args)
         from pipeline import report
 
         return report.run(args)
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pipeline import launch, report
+    from pipeline import inventory, launch, report
     from pipeline.experiment import add_config_arguments
 
     parser = argparse.ArgumentParser(
@@ -81,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
 
     audit = commands.add_parser("audit", help="prove from a run's record that every image was used once per epoch")
     audit.add_argument("run", type=Path, help="a run trained with recipe.logging.record_samples")
+
+    checkpoints = commands.add_parser("checkpoints", help="what a run has saved: list, verify, export, prune")
+    inventory.add_arguments(checkpoints)
 
     doctor = commands.add_parser(
         "doctor", help="what this host decodes with, and whether a configuration's data is fine"
