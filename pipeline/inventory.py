@@ -141,6 +141,7 @@ def _export(run_folder: Path, step: str, out: str) -> int:
 def _summary(
     run_folder: Path, rows: list[Row], next_step: int | None, removed: list[Path], *, verified: bool
 ) -> dict[str, Any]:
+    latest = saves.latest_step(run_folder)
     return {
         "run": str(run_folder),
         "continues_from": next_step,
@@ -154,6 +155,7 @@ def _summary(
                 "saved": row.when.isoformat(timespec="seconds"),
                 "world_size": row.saved.world_size if row.saved is not None else None,
                 "path": str(row.folder),
+                "latest": row.step == latest,
                 "whole": False if row.damage else (True if verified else None),
                 "damage": row.damage,
             }
@@ -173,6 +175,7 @@ def _print(run_folder: Path, rows: list[Row], next_step: int | None, removed: li
     for name in ("step", "epoch", "samples", "size", "saved", "ranks"):
         table.add_column(name, justify="right")
     table.add_column("")
+    latest = saves.latest_step(run_folder)
     for row in rows:
         saved = row.saved
         state = "DAMAGED" if row.damage else "whole" if verified else ""
@@ -183,7 +186,7 @@ def _print(run_folder: Path, rows: list[Row], next_step: int | None, removed: li
             filesize.decimal(row.size),
             f"{row.when.astimezone():%Y-%m-%d %H:%M}",
             str((saved and saved.world_size) or "?"),
-            f"{state} ← latest".strip() if row.step == next_step else state,
+            f"{state} ← latest".strip() if row.step == latest else state,
         )
     console.print(table)
     for row in rows:
@@ -192,6 +195,6 @@ def _print(run_folder: Path, rows: list[Row], next_step: int | None, removed: li
     if not verified:
         console.print(f"Compare them with their digests: onehour checkpoints {run_folder} --verify", markup=False)
     elif next_step is None:
-        console.print("None is whole: training refuses to continue, and starts anew with --fresh alone.")
+        console.print("None is whole: training is refused; only with --fresh does it start anew.")
     elif any(row.damage for row in rows):
         console.print(f"Training passes over what is damaged, says so, and continues from step {next_step:,}.")

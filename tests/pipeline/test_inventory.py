@@ -62,7 +62,7 @@ def test_verifying_names_what_is_damaged_and_says_so_to_scripts(capsys, run):
     checkpoints(capsys, run)  # only state.json is looked at
     output = checkpoints(capsys, run, "--verify", code=1)
     assert f"{folder}: damaged: the sha256 of optimizer.pt" in output
-    assert "DAMAGED" in rows(output)["9"] and "latest" in rows(output)["6"] and "continues from step 6" in output
+    assert "DAMAGED" in rows(output)["9"] and "whole" in rows(output)["6"] and "continues from step 6" in output
     damage(run, 6, "state.json")
     output = checkpoints(capsys, run, code=1)
     assert rows(output)["6"][1] == "?"
@@ -73,6 +73,7 @@ def test_json_has_every_figure(capsys, run):
     answer = json.loads(checkpoints(capsys, run, "--verify", "--json", code=1))
     assert answer["continues_from"] == 9 and answer["removed"] == []
     assert [row["whole"] for row in answer["checkpoints"]] == [False, True, True]
+    assert [row["latest"] for row in answer["checkpoints"]] == [False, False, True]
     first, *_, last = answer["checkpoints"]
     assert "optimizer.pt" in first["damage"] and last["damage"] is None
     folder = Path(last["path"])

@@ -61,28 +61,32 @@ def test_a_fact_with_a_mend_of_its_own_names_it():
     assert "recipe.loader.decoder" in str(error.value)
 
 
-def prepare_in_own_folder(world, data: Path, folder: Path, saved_by: int | None) -> str:
-    """Each rank has a run folder of its own, as on hosts that share none; one of them may hold a checkpoint."""
+def prepare_in_own_folder(world, data: Path, folder: Path, saved_by: set[int], damaged_for: int | None = None) -> str:
+    """Each rank has a run folder of its own, as on hosts that share none; some hold two saves, one a damaged one."""
     path = folder / f"c{world.rank}.json"
     run = folder / f"run-{world.rank}"
     path.write_text(json.dumps(tiny_config(data, run)))
-    if world.rank == saved_by:
+    if world.rank in saved_by:
         planned = open_run(config.load(path), world.size)[0]
-        network = model.create(planned.config.recipe.model, 5, seed=0)
+        weights = model.create(planned.config.recipe.model, 5, seed=0).state_dict()
         state: dict[str, Any] = {"optimizer": {}, "loss_scaler": None}
-        checkpoint.save(planned, network, state, samples=32, step=1, classes=5)
+        for step in (1, 2):
+            saved = checkpoint.save(planned, weights, state, samples=32 * step, step=step, classes=5)
+        if world.rank == damaged_for:
+            (saved / "optimizer.pt").write_bytes(b"")
     torch.distributed.barrier()
     # the folders differ in name here; on real hosts only in content
     facts = lambda prepared: {k: v for k, v in prepared.facts().items() if k != "configuration"}  # noqa: E731
-    return outcome(lambda: train.prepare(str(path), [], world), facts)[:60]
+    return outcome(lambda: train.prepare(str(path), [], world), facts)
 
 
 def test_hosts_that_would_resume_differently_are_refused(tiny_shards, tmp_path):
-    for saved_by, folder in ((0, tmp_path / "a"), (1, tmp_path / "b")):
+    for number, (saved_by, damaged_for) in enumerate([({0}, None), ({1}, None), ({0, 1}, 0), ({0, 1}, 1)]):
+        folder = tmp_path / str(number)
         folder.mkdir()
-        answers = fork_ranks(prepare_in_own_folder, 2, tiny_shards, folder, saved_by)
-        assert all("do not agree" in answer for answer in answers)
-    folder = tmp_path / "c"
+        answers = fork_ranks(prepare_in_own_folder, 2, tiny_shards, folder, saved_by, damaged_for)
+        assert all("do not agree" in answer and "checkpoint: " in answer for answer in answers)
+    folder = tmp_path / "none"
     folder.mkdir()
-    answers = fork_ranks(prepare_in_own_folder, 2, tiny_shards, folder, None)
+    answers = fork_ranks(prepare_in_own_folder, 2, tiny_shards, folder, set())
     assert all(answer.startswith("prepared Prepared(") for answer in answers)
