@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pipeline import inventory, launch, report
+    from pipeline import doctor, launch, report
     from pipeline.experiment import add_config_arguments
 
     parser = argparse.ArgumentParser(
@@ -86,14 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="prove from a run's record that every image was used once per epoch")
     audit.add_argument("run", type=Path, help="a run trained with recipe.logging.record_samples")
 
-    checkpoints = commands.add_parser("checkpoints", help="what a run has saved: list, verify, export, prune")
-    inventory.add_arguments(checkpoints)
-
-    doctor = commands.add_parser(
-        "doctor", help="what this host decodes with, and whether a configuration's data is fine"
+    doctor_parser = commands.add_parser(
+        "doctor", help="what is wrong with this host or with a hostfile's, before a run: decoders, data, network"
     )
-    add_config_arguments(doctor, required=False)
-    doctor.add_argument("--json", action="store_true", help="one JSON object")
+    doctor.add_arguments(doctor_parser)
     return parser
 
 

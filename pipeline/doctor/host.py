@@ -1,22 +1,18 @@
-"""`onehour doctor`: what this host would train with, and what is wrong with it, before anybody waits for it."""
+"""What this host would train with, and what is wrong with it."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
-import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
 
 import numpy as np
 
-from pipeline import config, rungs
+from pipeline import rungs
 from pipeline.config import Config
 from pipeline.dataset import AnySplit, crop_indexes, open_split, shard_samples
-from pipeline.experiment import overrides_of
+from pipeline.doctor import folders
+from pipeline.doctor.finding import Finding
 from pipeline.rungs import NAMES, RUNGS, Rung
 from pipeline.schema import DecoderChoice
 from pipeline.tally import Tally
@@ -26,42 +22,6 @@ from shards.index import Split
 
 SAMPLE = 256
 """Images that are decoded for a check, spread over a split."""
-
-Verdict = Literal["good", "slow", "wrong"]
-MARKS: dict[Verdict, str] = {"good": "✓", "slow": "!", "wrong": "✗"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        about: what.
-        verdict: good; slow: training works and could be faster; wrong: it would fail, or
-            a file is not what it should be.
-        text: what was found.
-        mend: what to do about it, a line each.
-    """
-
-    about: str
-    verdict: Verdict
-    text: str
-    mend: tuple[str, ...] = ()
-
-
-def run(args: argparse.Namespace) -> int:
-    """Look at this host, and at the data of a configuration if one is named. Exit code 1 if something is wrong.
-
-    Raises:
-        UserError: the configuration itself is mistaken.
-    """
-    experiment = config.load(args.config, overrides_of(args)) if args.config else None
-    findings = list(examine(experiment))
-    if args.json:
-        print(json.dumps({"host": socket.gethostname(), "findings": [asdict(finding) for finding in findings]}))
-    else:
-        print(_page(findings))
-    return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
 
 
 def examine(experiment: Config | None) -> Iterator[Finding]:
@@ -75,6 +35,7 @@ def examine(experiment: Config | None) -> Iterator[Finding]:
     yield Finding("threads", "good", f"{threads} decoding, with one rank here · {cores} cores")
     if experiment is not None:
         yield from _data(experiment)
+        yield from folders.examine(experiment)
 
 
 def _decoder(choice: DecoderChoice) -> Iterator[Finding]:
@@ -169,14 +130,3 @@ def _describe(split: Split, tally: Tally, ladder: Sequence[Rung]) -> Finding:
         return Finding("images", "wrong", text, (f"shards index {split.root} --decode",))
     fallen = tally.images - tally[ladder[0]]
     return Finding("images", "slow" if fallen > tally.images // 2 else "good", text)
-
-
-def _page(findings: Sequence[Finding]) -> str:
-    width = max(len(finding.about) for finding in findings) + 2
-    lines = [f"doctor   {socket.gethostname()}", ""]
-    for finding in findings:
-        lines.append(f"{finding.about:<{width}}{MARKS[finding.verdict]} {finding.text}")
-        lines += [f"{'':<{width}}  → {line}" for line in finding.mend]
-    wrong = sum(finding.verdict == "wrong" for finding in findings)
-    problems = f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "nothing is wrong"
-    return "\n".join([*lines, "", problems])
