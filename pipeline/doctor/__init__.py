@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--include", default="", help="hosts and slots to look at: worker-0@worker-1:0,2")
     group.add_argument("--exclude", default="", help="hosts and slots not to look at")
     group.add_argument("--master_port", type=int, default=DEFAULT_PORT, help="as for the run (default: %(default)s)")
+    group.add_argument("--quick", action="store_true", help="without the all-reduce, for which all ranks are started")
     group.add_argument("--facts", metavar="TOKEN", help=argparse.SUPPRESS)  # what the launching side asks a host for
 
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import shlex
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -128,11 +129,14 @@ class Cluster:
         command = _python("pipeline.doctor.network", json.dumps({"listen": self.port}))
         with remote.started(first, command, cwd=Path.cwd(), environment=environment()) as listener:
             assert listener.stdout is not None
+            patience = threading.Timer(HELLO_SECONDS, listener.kill)  # else a host that hangs would be waited for
+            patience.start()
             told = None
             for line in listener.stdout:
                 told = heard(line)
                 if told is not None:
                     break
+            patience.cancel()
             told = told or {"error": "does not answer", "holder": None}
             candidates = [address for addresses in facts[first].interfaces.values() for address in addresses]
             tried = self._ask(facts, [first, *others], candidates, told.get("word", ""))
@@ -204,16 +208,15 @@ def run(args: argparse.Namespace, experiment: Config | None) -> int:
     try:
         hosts.check_remote("pdsh", experiment.path if experiment is not None else Path("config.json"))
     except UserError as error:
-        cluster.checks.append(Check("launcher", {cluster.names[0]: []}))
         summary.append(Finding("launcher", "wrong", error.headline, error.details))
     cluster.examine()
     result: dict[str, Any] = {}
     ranks = sum(map(len, slots.values()))
     blocking = "launcher" if summary else cluster.blocking()
     if blocking is not None:
-        result = {"skipped": f"skipped: {blocking} first"}
-    elif ranks == 1:
-        result = {"skipped": "skipped: there is one rank only"}
+        result = {"skipped": f"not tried: {blocking} first"}
+    elif ranks == 1 or args.quick:
+        result = {"skipped": "left out, as --quick says" if args.quick else "there is one rank only"}
     else:
         result = allreduce.measure(_launcher_options(args, cluster))
     summary.append(_all_reduce(result))

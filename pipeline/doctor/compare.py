@@ -5,6 +5,7 @@ Where hosts differ, what most of them have is taken for right, else what the fir
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ def compare(facts: Mapping[str, Facts], slots: Mapping[str, Sequence[int]]) -> l
         facts: by host, in the hostfile's order.
         slots: the numbers of the slots that are used, by host.
     """
-    own = {about: _own(facts, about) for about in _abouts(facts)}
+    # how many threads decode depends on the ranks of a host, which it does not know
+    own = {about: _own(facts, about) for about in _abouts(facts) if about != "threads"}
     compared = {
         "versions": _versions(facts),
         "code": _code(facts),
@@ -82,14 +84,14 @@ def compare(facts: Mapping[str, Facts], slots: Mapping[str, Sequence[int]]) -> l
 
 
 def clocks(offsets: Mapping[str, tuple[float, float]]) -> dict[str, list[Finding]]:
-    """Hosts whose clock is off.
+    """Hosts whose clock is off from the middle one of all clocks, the launching side's among them.
 
     Args:
         offsets: between which seconds a host's clock is ahead of the launching side's, by host. It was read at some
             moment of a round trip: the offset is known to that length.
     """
     middles = {host: (low + high) / 2 for host, (low, high) in offsets.items()}
-    usual = sorted(middles.values())[(len(middles) - 1) // 2]
+    usual = statistics.median_low([*middles.values(), 0.0])
     found = {}
     for host, (low, high) in offsets.items():
         ahead = max(low - usual, 0) or min(high - usual, 0)  # the least that it can be

@@ -152,7 +152,9 @@ def test_a_host_s_own_findings_keep_their_mends():
     assert odd(hosts)[0][4] == "shards index /data"
 
 
-def test_clocks_are_compared_with_the_hosts_and_not_with_the_launching_machine():
+def test_clocks_are_compared_with_the_middle_one_of_all():
+    two = clocks({"a": (-0.1, 0.1), "b": (-90.2, -89.8)})
+    assert [two[host][0].verdict for host in "ab"] == ["good", "wrong"], "this machine's clock decides between two"
     assert all(found[0].verdict == "good" for found in clocks({"a": (99.9, 100.1), "b": (99, 101.9)}).values())
     found = clocks({"a": (-0.1, 0.1), "b": (-3600.2, -3599.8), "c": (-0.3, 0.2)})
     assert [found[host][0].verdict for host in "abc"] == ["good", "wrong", "good"]
