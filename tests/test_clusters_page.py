@@ -105,6 +105,7 @@ def test_the_batch_script_starts_a_task_per_rank():
     assert options["gpus-per-node"] == options["ntasks-per-node"]
     assert options["signal"].startswith("TERM@"), "to the ranks; B: would be to the script alone"
     (line,) = [line for line in script.splitlines() if line.startswith("srun")]
+    assert "--kill-on-bad-exit=0 " in line, "rank 0 saves while others may have left with 75 already"
     check_training(words_after(line, "pipeline.train"))
 
 
