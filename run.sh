@@ -4,7 +4,8 @@
 #   ./run.sh                      the demo: prepare shards, train, evaluate, report
 #   ./run.sh test [pytest args]   the tests
 #   ./run.sh train CONFIG …       train, e.g. ./run.sh train ds_configs/imagenet_8k.json --hostfile hosts
-#   ./run.sh plan|evaluate|report|audit|doctor … the other onehour commands
+#   ./run.sh launch CONFIG …      the same, and go on without a host that fails: --restarts 10 --min-nodes 2
+#   ./run.sh plan|doctor|checkpoints|evaluate|report|audit … the other onehour commands
 #   ./run.sh shards prepare|verify|index …       the shard tool
 #   ./run.sh setup                only what every command does first, where it is not done yet: make .venv
 #   ./run.sh help                 this text

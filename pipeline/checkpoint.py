@@ -8,6 +8,7 @@ At ZeRO stage 0 every rank holds the same state, so rank 0 writes one copy that 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -84,7 +85,8 @@ def save(
         raise _cannot_be_saved(final, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    saves.prune(run, plan.config.recipe.checkpoint.keep)
+    with contextlib.suppress(OSError):  # the new save is good, and the next one removes what this could not
+        saves.prune(run, plan.config.recipe.checkpoint.keep)
     return final
 
 
@@ -135,8 +137,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
         final.rename(replaced)
     partial.rename(final)
     sync_folder(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)  # what is left is swept by the next save
 
 
 def _check_space(folder: Path, *trees: Any) -> None:

@@ -18,13 +18,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 1 not done, 2 a mistake of the user's."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "launch"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         # imported here, so that `plan` starts without what the others need
         if args.command == "plan":
             return _plan(args)
-        if args.command == "train":
+        if args.command in ("train", "launch"):
             from pipeline import launch
 
             return launch.run(args, rest)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pipeline import doctor, launch, report
+    from pipeline import doctor, inventory, launch, report
     from pipeline.experiment import add_config_arguments
 
     parser = argparse.ArgumentParser(
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, on this machine or on a hostfile's")
     launch.add_arguments(train)
 
+    supervised = commands.add_parser("launch", help="train on a hostfile's hosts, and go on without one that fails")
+    launch.add_arguments(supervised)
+    launch.add_supervisor_arguments(supervised)
+
     evaluate = commands.add_parser("evaluate", help="measure weights or a checkpoint on the whole split, in fp32")
     evaluate.add_argument("weights", type=Path, help="a .safetensors file, a checkpoint folder, or a run folder")
     evaluate.add_argument("--config", help="the configuration; default: config.resolved.json of the run")
@@ -86,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="prove from a run's record that every image was used once per epoch")
     audit.add_argument("run", type=Path, help="a run trained with recipe.logging.record_samples")
 
+    checkpoints = commands.add_parser("checkpoints", help="what a run has saved: list, verify, export, prune")
+    inventory.add_arguments(checkpoints)
+
     doctor_parser = commands.add_parser(
         "doctor", help="what is wrong with this host or with a hostfile's, before a run: decoders, data, network"
     )
@@ -94,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from pipeline import config, launch, plan
+    from pipeline import config, launch, plan, resume
     from pipeline.experiment import open_run, overrides_of
 
     experiment = config.load(args.config, overrides_of(args))
@@ -109,10 +116,11 @@ def _plan(args: argparse.Namespace) -> int:
     if args.samples is not None:
         if args.samples < 1:
             raise UserError(f"--samples {args.samples}: a training set has at least one image")
-        resolved, classes = plan.resolve(experiment, world_size, samples=args.samples), 1000
+        resolved, classes, goes_on = plan.resolve(experiment, world_size, samples=args.samples), 1000, ""
     else:
         resolved, train, _ = open_run(experiment, world_size, local_ranks)
         classes = len(train.classes)
+        goes_on = resume.outlook(resolved, lambda damage: print(f"onehour: WARNING   {damage}", file=sys.stderr))
     rows = None
     if args.build_model:
         from pipeline import model
@@ -126,9 +134,9 @@ def _plan(args: argparse.Namespace) -> int:
             precision=experiment.precision,
         )
     if args.json:
-        print(json.dumps(resolved.summary(), indent=2))
+        print(json.dumps(resolved.summary() | {"resume": goes_on}, indent=2))
     else:
-        print(plan.format_page(resolved.page(ranks=where, model_lines=rows)))
+        print(plan.format_page(resolved.page(ranks=where, model_lines=rows, resume=goes_on)))
     return 0
 
 

@@ -26,31 +26,39 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read while deepspeed is imported
 
 import deepspeed
-import deepspeed.comm as ds_comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
-from pipeline import hosts
+from pipeline import rendezvous
 from pipeline.loader import MicroBatch
+from pipeline.meeting import choose_interface, connect, meet
 from pipeline.mixing import KeyedMixup
 from pipeline.model import LogicalWorkerStatistics, Normalise, parameter_groups
 from pipeline.plan import Plan
+from pipeline.reader import raise_open_files
 from pipeline.schedule import GradualWarmupLR
+from pipeline.schema import Watchdog
 from pipeline.stochastic import is_stochastic, seed_worker
+from pipeline.watch import Watch
 from shards.errors import UserError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(days=30)
+"""The watch ends what hangs."""
+
+JOINING_SECONDS = 120.0
+"""How long connecting the ranks with each other may take without getting further."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks."""
+    """This process among the ranks, and its part in the watch over them."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    watch: Watch
 
     @property
     def local_ranks(self) -> range:
@@ -60,44 +68,67 @@ class World:
 
 
 def join(world_size: int | None = None) -> World:
-    """Join the process group that the launcher set up (deepspeed, torchrun, MPI), or be a group of one.
+    """Join the ranks that a launcher started (deepspeed, torchrun, Slurm, MPI), or be a group of one.
 
     Args:
         world_size: the number of ranks that was planned, checked against the launcher's; None for any.
 
     Raises:
+        UserError: what the launcher says of the ranks cannot be used.
+        RankError: not all of them came.
         RuntimeError: the launcher started another number of ranks.
     """
     # built by DeepSpeed for inference on CPUs only, but compiled whenever the CPU is the accelerator
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_RANK" not in os.environ and "SLURM_PROCID" not in os.environ:
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(hosts.free_port())
-        )
+    place = rendezvous.discover(os.environ)
+    if world_size is not None and place.size != world_size:
+        raise RuntimeError(f"{world_size} ranks were planned, {place.size} were started")
     cuda = get_accelerator().device_name() == "cuda"  # DS_ACCELERATOR=cpu is honoured
-    if cuda and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if cuda:
-        # under MPI and Slurm only now known; the first collective already needs it
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    size = ds_comm.get_world_size()
-    if world_size is not None and size != world_size:
-        raise RuntimeError(f"{world_size} ranks were planned, {size} were started")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(place.local_rank)  # the first collective already needs it
+    choose_interface(place)
+    # the watch ends a rank whose peer is gone, when it is known which one; NCCL would abort it before that
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    raise_open_files()  # rank 0 has two connections to every rank
+    store = meet(place)
+    watch = Watch(
+        connect(place),
+        place.rank,
+        place.size,
+        place.local_rank,
+        watchdog=Watchdog(stuck_seconds=JOINING_SECONDS),
+        # what else starts a rank may end before it, as a shell does under nohup
+        parent=os.getppid() if place.launcher in ("deepspeed", "torchrun") else None,
+    )
+    torch.distributed.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=place.rank, world_size=place.size, timeout=COLLECTIVE_TIMEOUT
+    )
+    # DeepSpeed reads them, and takes the group as it is
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.size),
+        LOCAL_RANK=str(place.local_rank),
+        MASTER_ADDR=place.master_addr,
+        MASTER_PORT=str(place.master_port),
+    )
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    watch.be_patient(Watchdog())
+    watch.at("setting up")
     return World(
-        rank=ds_comm.get_rank(),
-        size=size,
-        local_rank=local_rank,
-        local_size=int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size),
-        device=torch.device("cuda", local_rank) if cuda else torch.device("cpu"),
+        rank=place.rank,
+        size=place.size,
+        local_rank=place.local_rank,
+        local_size=place.local_size,
+        device=torch.device("cuda", place.local_rank) if cuda else torch.device("cpu"),
+        watch=watch,
     )
 
 
-def leave() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def leave(world: World) -> None:
+    """Leave the ranks in good order, all together: none is missed while another still saves or writes."""
+    torch.distributed.barrier()
+    world.watch.close()
+    torch.distributed.destroy_process_group()
 
 
 def deepspeed_config(plan: Plan) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from shards.errors import UserError
 
 HOST_LINE = re.compile(r"^(\S+)\s+slots=(\d+)\s*(?:#.*)?$")
-ENVIRONMENT_LINE = re.compile(r"^\s*[A-Za-z_]\w*\s*=.*$")
 PLAIN_PATH = re.compile(r"^[\w@+=:,./-]+$")  # what means itself to a remote shell, and to pdsh (which expands %h)
 GPU_LISTING_SECONDS = 60
 
@@ -121,6 +120,11 @@ def _parse_filter(text: str, every: Mapping[str, list[int]], option: str) -> dic
     return {host: sorted(slots) or every[host] for host, slots in named.items()}
 
 
+def include_option(chosen: Mapping[str, list[int]]) -> str:
+    """The launcher's `--include` that selects just these slots."""
+    return "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in chosen.items())
+
+
 def local_gpus() -> list[int]:
     """Numbers of the GPUs that ranks on this machine may use, without importing torch; none means ranks on the CPU.
 
@@ -209,16 +213,10 @@ def check_remote(launcher: str, config: Path) -> None:
         config: the configuration's path, which every host is given.
 
     Raises:
-        UserError: an unknown launcher; no pdsh; a path that a remote shell would split or expand; a line of
-            `.deepspeed_env` that the launcher fails on.
+        UserError: an unknown launcher; no pdsh; a path that a remote shell would split or expand.
     """
     if launcher not in LAUNCHERS:
         raise UserError(f"--launcher {launcher}: the launcher has {', '.join(LAUNCHERS)}")
-    # the launcher's own rule; where DS_ENV_FILE is absolute, joining gives it alone
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for path in (Path.home() / name, Path(name)):
-        if path.is_file():
-            _check_environment_file(path)
     if launcher != "pdsh":
         return  # the others start no shell
     paths = {"the working directory": Path.cwd(), "the configuration": config, "the Python": Path(sys.executable)}
@@ -233,19 +231,6 @@ def check_remote(launcher: str, config: Path) -> None:
             "pdsh is not on PATH here, and the launcher starts ranks on other hosts with it",
             f"Install it (Debian: apt install pdsh), or choose --launcher {', '.join(LAUNCHERS[1:])}.",
         )
-
-
-def _check_environment_file(path: Path) -> None:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not ENVIRONMENT_LINE.match(line):
-            raise UserError(
-                f"{path}:{number}: {line!r} is not of the form NAME=VALUE",
-                "The launcher gives these variables to every host, and fails on blank lines and comments: remove it.",
-            )
 
 
 def free_port() -> int:

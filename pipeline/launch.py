@@ -1,41 +1,38 @@
-"""`onehour train`: everything that can be checked is checked, then the `deepspeed` launcher starts the ranks.
+"""`onehour train` and `onehour launch`: what can be checked is checked, then the deepspeed launcher starts the ranks.
 
-The launcher is DeepSpeed's own and its options pass through; its traps are closed here: a hostfile that is not there
-would train locally, a launcher that is stopped leaves its ranks training, and one that is killed can end with exit
-code 0. A run succeeded when the trainer wrote down that it finished, and only then.
+The launcher is DeepSpeed's own and its options pass through; its traps are closed here and in `launcher`,
+`environment`, `reach` and `hosts`: a hostfile that is not there would train locally, a single remote host hang, most
+variables stay behind, and the ranks meet at an address that not every host reaches. A run succeeded when the trainer
+wrote down that it finished, and only then.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
-import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import time
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import batch, config, hosts, resume
+from pipeline import batch, config, environment, hosts, launcher, reach, resume
 from pipeline.config import Config
 from pipeline.experiment import add_config_arguments, check_monitors, open_run, overrides_of
-from pipeline.metrics import FILE_NAME, read_metrics
+from pipeline.fault import FAILED, FINISHED, STOPPED, Fault, faults_of
+from pipeline.lease import Lease
+from pipeline.metrics import FILE_NAME, MetricsWriter, read_metrics
 from pipeline.record import RunRecord
 from shards.errors import UserError
 from shards.files import exclusive
 
 DEFAULT_CPU_RANKS = 2
-STOP_SECONDS = 5  # ranks that are still there so long after they were told to stop are killed
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class Ranks:
         where: for people, e.g. "4 hosts × 8".
         most_on_a_host: of them.
         environment: variables for the launcher that choose their devices.
+        hosts: the slots used, by host of the hostfile; empty for this machine alone.
     """
 
     world_size: int
@@ -55,6 +53,26 @@ class Ranks:
     where: str
     most_on_a_host: int
     environment: dict[str, str] = field(default_factory=dict)
+    hosts: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended.
+
+    Attributes:
+        code: the exit code, 128 + n where signal n ended it.
+        finished: whether the run is complete.
+        step: updates done when it ended, as far as is known.
+        fault: what the ranks wrote down, if they did.
+        wanted: whether somebody told this process to end it.
+    """
+
+    code: int
+    finished: bool
+    step: int
+    fault: Fault | None = None
+    wanted: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fresh", action="store_true", help="start anew; an earlier run in the folder is kept beside it, renamed"
     )
     add_rank_arguments(parser)
+
+
+def add_supervisor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `onehour launch` that `onehour train` has not."""
+    group = parser.add_argument_group("after a failure")
+    group.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="launch again, at most so often (default: 0)"
+    )
+    group.add_argument(
+        "--min-nodes",
+        type=int,
+        metavar="M",
+        help="go on without hosts that do not answer, with M at least (default: all)",
+    )
 
 
 def add_rank_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,18 +122,25 @@ def ranks_of(args: argparse.Namespace, experiment: Config) -> Ranks:
         return _local_ranks(args.ranks, experiment)
     if args.ranks is not None:
         raise UserError("--ranks is for this machine alone; with --hostfile the slots are the ranks")
-    chosen = hosts.select(hosts.read_hostfile(args.hostfile), args.include, args.exclude)
-    options = ["--hostfile", str(args.hostfile)]
-    for name in ("include", "exclude"):
-        if getattr(args, name):
-            options += [f"--{name}", getattr(args, name)]
+    return ranks_on(args.hostfile, hosts.select(hosts.read_hostfile(args.hostfile), args.include, args.exclude))
+
+
+def ranks_on(hostfile: Path, chosen: Mapping[str, list[int]]) -> Ranks:
+    """The ranks on some slots of a hostfile's hosts.
+
+    Raises:
+        UserError: the hostfile cannot be used.
+    """
+    options = ["--hostfile", str(hostfile)]
+    if chosen != hosts.select(hosts.read_hostfile(hostfile)):
+        options += ["--include", hosts.include_option(chosen)]
     if len(chosen) == 1:
         options.append("--force_multi")  # else the launcher runs locally under the remote host's address, and hangs
     slots = {len(numbers) for numbers in chosen.values()}
     world_size = sum(len(numbers) for numbers in chosen.values())
     each = f" × {slots.pop()}" if len(slots) == 1 else ""
     where = f"{len(chosen)} host{'s' * (len(chosen) != 1)}{each}"
-    return Ranks(world_size, options, where, max(map(len, chosen.values())))
+    return Ranks(world_size, options, where, max(map(len, chosen.values())), hosts=dict(chosen))
 
 
 def _local_ranks(count: int | None, experiment: Config) -> Ranks:
@@ -129,46 +168,123 @@ def _local_ranks(count: int | None, experiment: Config) -> Ranks:
 
 
 def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
-    """Check, launch, and tell how it ended. Returns the exit code: 128 + n where signal n ended it."""
-    console = Console(highlight=False, soft_wrap=True)
-    given = hosts.read_launcher_options(launcher_options)
-    experiment = config.load(args.config, overrides_of(args))
-    ranks = ranks_of(args, experiment)
-    launcher = given.get("--launcher", "pdsh").lower()
-    remote = (args.hostfile is not None or "--force_multi" in given) and "--no_ssh" not in given
-    if remote:
-        hosts.check_remote(launcher, experiment.path)
-    check_monitors(experiment)
-    plan, _, _ = open_run(experiment, ranks.world_size, range(ranks.most_on_a_host))
-    folder = experiment.run_folder
-    if folder.exists():
-        with exclusive(folder, "training"):
-            pass  # rank 0 holds it while it trains: a second training must not touch the first one's folder
-    if args.fresh:
-        _set_aside(folder, console)
-    saved = resume.find_latest(folder, lambda damage: console.print(f"[bold red]WARNING[/]   {escape(damage)}"))
-    if saved is not None:
-        resume.check(saved, plan)
-        if saved.step >= plan.steps and _finished(folder):
-            console.print(
-                f"{folder} is finished: all {plan.steps:,} updates are done. Train anew with --fresh.", markup=False
+    """Check, launch, and tell how it ended. Returns the exit code, see `pipeline.fault`."""
+    launch = Launch(args, launcher_options)
+    ranks = ranks_of(args, launch.experiment)
+    if getattr(args, "restarts", 0):
+        from pipeline.supervisor import Supervisor
+
+        return Supervisor(launch, ranks.hosts, args.restarts, args.min_nodes).run()
+    return launch.run(ranks).code
+
+
+class Launch:
+    """What stays the same over the launches of one run.
+
+    Args:
+        args: of the command line.
+        launcher_options: what goes to the deepspeed launcher as it is.
+
+    Raises:
+        UserError: a mistake in the configuration or the options.
+    """
+
+    def __init__(self, args: argparse.Namespace, launcher_options: Sequence[str]) -> None:
+        self.args = args
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.experiment = config.load(args.config, overrides_of(args))
+        self.folder = self.experiment.run_folder
+        self.given = hosts.read_launcher_options(launcher_options)
+        self._options = list(launcher_options)
+        if not {"--log_level", "--quiet", "-q"} & self.given.keys():
+            # a dozen lines would precede the plan, and the exit code of a rank be told with all of its arguments
+            self._options += ["--log_level", "critical"]
+        self.launcher = self.given.get("--launcher", "pdsh").lower()
+        self.remote = (args.hostfile is not None or "--force_multi" in self.given) and "--no_ssh" not in self.given
+        self.fresh = args.fresh
+        if self.remote:
+            hosts.check_remote(self.launcher, self.experiment.path)
+        check_monitors(self.experiment)
+
+    def run(self, ranks: Ranks, interrupt: threading.Event | None = None) -> Outcome:
+        """Launch once on these ranks, from the last checkpoint if there is one.
+
+        Args:
+            ranks: where.
+            interrupt: once set, the ranks are asked to save and to stop.
+
+        Raises:
+            UserError: a mistake that was found before anything was launched.
+        """
+        plan, _, _ = open_run(self.experiment, ranks.world_size, range(ranks.most_on_a_host))
+        if self.folder.exists():
+            with exclusive(self.folder, "training"):
+                pass  # rank 0 holds it while it trains: a second training must not touch the first one's folder
+        options, variables = self._prepare_hosts(ranks)
+        if self.fresh:
+            _set_aside(self.folder, self.console)
+            self.fresh = False
+        saved = resume.find_latest(
+            self.folder, lambda damage: self.console.print(f"[bold red]WARNING[/]   {escape(damage)}")
+        )
+        if saved is not None:
+            resume.check(saved, plan)
+            if saved.step >= plan.steps and _finished(self.folder):
+                self.console.print(
+                    f"{self.folder} is finished: all {plan.steps:,} updates are done. Train anew with --fresh.",
+                    markup=False,
+                )
+                print_summary(self.folder, self.console)
+                return Outcome(FINISHED, True, saved.step)
+        elif (self.folder / FILE_NAME).exists():
+            # nothing to resume from: the record of the attempt is kept, but it is not this run's
+            _set_aside(self.folder, self.console)
+        events_before = len(read_metrics(self.folder / FILE_NAME)) if (self.folder / FILE_NAME).exists() else 0
+        with Lease(self.folder) as lease, environment.travelling(variables, self.launcher) as file:
+            ended = launcher.run_launcher(
+                launcher.command_line(
+                    self.experiment, ranks.world_size, [*ranks.options, *options, *self._options], lease.token
+                ),
+                {**ranks.environment, **file},
+                lease,
+                pdsh=self.remote and self.launcher == "pdsh",
+                interrupt=interrupt,
             )
-            print_summary(folder, console)
-            return 0
-    elif (folder / FILE_NAME).exists():
-        # nothing to resume from: the record of the attempt is kept, but it is not this run's
-        _set_aside(folder, console)
-    events_before = len(read_metrics(folder / FILE_NAME)) if (folder / FILE_NAME).exists() else 0
-    if not {"--log_level", "--quiet", "-q"} & given.keys():
-        launcher_options = [*launcher_options, "--quiet"]  # its dozen lines would precede the plan
-    command = _command(experiment, ranks, launcher_options)
-    code = _launch(command, ranks.environment, stops_its_ranks=remote and launcher == "pdsh")
-    if _finished(folder, after=events_before):
-        print_summary(folder, console)
-    else:
-        print(_not_finished(folder, code, several_hosts=args.hostfile is not None), file=sys.stderr)
-        code = code or 1
-    return 128 - code if code < 0 else code
+            at = lease.ranks()
+        step = at.step if at is not None else saved.step if saved is not None else 0
+        if _finished(self.folder, after=events_before):
+            print_summary(self.folder, self.console)
+            return Outcome(ended.code, True, step)
+        fault = next(iter(faults_of(self.folder, lease.token)), None)
+        self._note_fault(fault, lease.token)
+        if ended.code == STOPPED:
+            return Outcome(STOPPED, False, step, wanted=ended.wanted)
+        several_hosts = self.args.hostfile is not None
+        print(_not_finished(self.folder, ended, fault, several_hosts=several_hosts), file=sys.stderr)
+        step = fault.step if fault is not None else step
+        return Outcome(ended.code or FAILED, False, step, fault, ended.wanted)
+
+    def _prepare_hosts(self, ranks: Ranks) -> tuple[list[str], dict[str, str]]:
+        """Further options and travelling variables for a launch on other hosts, which are asked before."""
+        if not self.remote:
+            return [], {}
+        variables = environment.for_hosts({**os.environ, **ranks.environment})
+        environment.file_text(variables, self.launcher)  # a mistake in them is found before any host is asked
+        options = []
+        if self.launcher == "pdsh" and "--no_ssh_check" not in self.given:
+            port = int(self.given["--ssh_port"]) if "--ssh_port" in self.given else None
+            meeting = reach.meeting_place(list(ranks.hosts), port, self.given)
+            options = ["--master_addr", meeting.address, "--master_port", str(meeting.port), "--no_ssh_check"]
+        return options, variables
+
+    def _note_fault(self, fault: Fault | None, launch: str) -> None:
+        """Into the run's record, which nobody writes any more."""
+        path = self.folder / FILE_NAME
+        if fault is None or not path.exists():
+            return
+        with contextlib.suppress(UserError, OSError), exclusive(self.folder, "training"), MetricsWriter(path) as writer:
+            said = {"rank": fault.rank, "host": fault.host, "step": fault.step, "launch": launch}
+            writer.write("fault", kind=fault.kind, message=fault.what, **said)
 
 
 def print_summary(folder: Path, console: Console) -> None:
@@ -212,94 +328,19 @@ def _finished(folder: Path, after: int = 0) -> bool:
     return "finished" in events and "start" not in events[events.index("finished") :]
 
 
-def _not_finished(folder: Path, code: int, *, several_hosts: bool) -> str:
-    how = f"stopped by {signal.Signals(-code).name}" if code < 0 else f"the launcher's exit code was {code}"
+def _not_finished(folder: Path, ended: launcher.Ended, fault: Fault | None, *, several_hosts: bool) -> str:
+    how = f"the launcher's exit code was {ended.code}"
+    if ended.wanted and ended.code > 128:
+        how = f"stopped by {signal.Signals(ended.code - 128).name}"
     lines = [f"onehour: the training did not finish ({how})."]
+    if fault is not None:
+        lines.append(fault.what)
     if (folder / FILE_NAME).exists():
         lines.append(f"What happened is above and in {folder / FILE_NAME}.")
         lines.append("The same command continues from the last checkpoint.")
-    elif several_hosts and code == 0:
+    elif several_hosts and ended.code == 0:
         lines.append(f"{folder / FILE_NAME} is not there, though the launcher saw no failure.")
         lines.append("The run folder must be on a file system that this host shares with the first host.")
     else:
         lines.append("What happened is above.")
     return "\n  ".join(lines)
-
-
-def _command(experiment: Config, ranks: Ranks, launcher_options: Sequence[str]) -> list[str]:
-    arguments = [str(experiment.path), "--expect-world-size", str(ranks.world_size)]
-    if experiment.overrides:
-        # with pdsh a shell on every host takes arguments apart again, and quotes, braces and $ do not survive it
-        overrides = base64.urlsafe_b64encode(json.dumps(experiment.overrides).encode()).decode()
-        arguments += ["--overrides-base64", overrides]
-    script = Path(sys.executable).parent / "deepspeed"
-    launcher = [sys.executable, str(script)] if script.exists() else [shutil.which("deepspeed") or "deepspeed"]
-    return [*launcher, *ranks.options, *launcher_options, "--module", "pipeline.train", *arguments]
-
-
-def _launch(command: list[str], environment: Mapping[str, str], *, stops_its_ranks: bool) -> int:
-    """Run the launcher until it ends, and stop it and its ranks where this process is told to stop.
-
-    Args:
-        command: the launcher's command line.
-        environment: variables to set for it.
-        stops_its_ranks: whether the launcher itself stops its ranks on SIGTERM, which it does with pdsh only.
-
-    Returns:
-        The launcher's exit code, or -n where signal n ended it or was sent to this process.
-    """
-    variables = {**os.environ, **environment}
-    # where it is set, thousands of modules would be compiled again by every rank
-    variables.pop("PYTHONDONTWRITEBYTECODE", None)
-    variables.setdefault("OMP_NUM_THREADS", "1")  # the ranks set their own share of the cores
-    root = str(Path(__file__).resolve().parent.parent)
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (root, variables.get("PYTHONPATH"))))
-    process: subprocess.Popen | None = None
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if process is not None and stops_its_ranks:
-            process.terminate()
-        elif process is not None:
-            _signal_group(process.pid, signal.SIGTERM)
-
-    stopping = [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-        stopping.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, stop) for number in stopping}
-    try:
-        # ranks outlive a launcher that is killed, but not their process group. With pdsh it stays in the terminal's:
-        # ssh may have to ask, and another group may not read there
-        if stops_its_ranks:
-            process = subprocess.Popen(command, env=variables)
-        else:
-            # without the terminal's input: what asks there from the background would be stopped, and the ranks hang
-            process = subprocess.Popen(command, env=variables, process_group=0, stdin=subprocess.DEVNULL)
-        if received:  # meanwhile
-            stop(received.pop(), None)
-        code = process.wait()
-        if not stops_its_ranks and _signal_group(process.pid, signal.SIGTERM):
-            _end_group(process.pid)  # a launcher that is killed leaves its ranks behind, and may end with 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return -received[0] if received else code
-
-
-def _signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group. Returns whether there is anyone in it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
-        return True
-    return False
-
-
-def _end_group(group: int) -> None:
-    """Wait until a process group that was told to stop is gone, and kill what is not in time."""
-    deadline = time.monotonic() + STOP_SECONDS
-    while _signal_group(group, 0):
-        if time.monotonic() > deadline:
-            _signal_group(group, signal.SIGKILL)
-            return
-        time.sleep(0.05)

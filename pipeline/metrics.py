@@ -8,7 +8,7 @@ samples / train_samples. A number that was not finite is null. Of images that `r
     start       config overrides model train_samples val_samples epochs seed world_size train_batch_size micro_batch
                 logical_workers accumulation reference_lr reference_batch peak_lr steps_per_epoch steps order
                 decoder precision index_digest run device host plan versions resumed_from
-    resume      samples path world_size
+    resume      samples path world_size saved_world_size: of the process that saved, or null
     train       step samples epoch loss [top1] lr images_per_second data_wait skipped_steps step_seconds
     epoch       epoch samples images loss [top1] seconds images_per_second data_wait
     evaluation  epoch samples top1 top5 loss images seconds
@@ -17,6 +17,9 @@ samples / train_samples. A number that was not finite is null. Of images that `r
     checkpoint  samples path seconds held: written when it is on disk; the training stood still for `held` seconds
     skip        step skipped loss_scale: updates withheld by an overflow since the last report
     warning     kind message …
+    stopped     step samples why: saved before the end, because somebody wanted it to stop
+    fault       kind rank host step message launch: a launch that failed; written by the launcher after it has ended
+    launch      hosts step code message: likewise of every launch of `onehour launch` that others followed or could have
     finished    samples top1 top5 images median_top1 median_epochs seconds steps_share
 
 The file is only ever appended to; `pipeline.record` reads it as the history of one run.
@@ -24,6 +27,7 @@ The file is only ever appended to; `pipeline.record` reads it as the history of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -94,18 +98,30 @@ class MetricsWriter:
         self._file: BinaryIO = self.path.open("ab")
 
     def write(self, event: str, /, **fields: Any) -> None:
-        """Write one event with the time of now. Raises ValueError when `fields` holds `event` or `time`."""
+        """Write one event with the time of now.
+
+        Raises:
+            ValueError: `fields` holds `event` or `time`.
+            UserError: the file cannot be written, as on a full disk.
+        """
         if clash := {"event", "time"} & fields.keys():
             raise ValueError(f"the record's own fields cannot be given: {', '.join(sorted(clash))}")
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = json.dumps({"event": event, "time": now} | _plain(fields), ensure_ascii=False, allow_nan=False)
         # lone surrogates come from file names that are not UTF-8
-        self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}",
+                "What is saved is whole: make room, then run the same command again.",
+            ) from error
 
     def close(self) -> None:
         """Close the file; further writes raise ValueError."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written has been told of
+            self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

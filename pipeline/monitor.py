@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
+import sys
 import time
 from typing import Any
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from pipeline import rungs
+from pipeline import resume, rungs
 from pipeline.engine import Engine
 from pipeline.evaluate import Result
 from pipeline.metrics import FILE_NAME, MetricsWriter
@@ -22,6 +24,16 @@ from pipeline.tally import Tally
 from pipeline.versions import versions
 
 
+class _Console(Console):
+    """Goes on where nobody reads any more: a training that has lost its launcher still has to be saved."""
+
+    def on_broken_pipe(self) -> None:
+        """Print to nowhere from here on; rich itself would end the process."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Monitor:
     """Reports one run. Only rank 0 has one.
 
@@ -29,13 +41,15 @@ class Monitor:
         plan: the resolved run.
         engine: receives the scalars for the JSON's own monitors.
         page: the plan's page, printed first.
-        resumed_from: samples consumed when this process began, or None for a new run.
+        resumed: the checkpoint that this process goes on from, or None for a new run.
     """
 
-    def __init__(self, plan: Plan, engine: Engine, page: list[tuple[str, str]], resumed_from: int | None) -> None:
+    def __init__(
+        self, plan: Plan, engine: Engine, page: list[tuple[str, str]], resumed: resume.Checkpoint | None
+    ) -> None:
         self.plan = plan
         self.engine = engine
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Console(highlight=False, soft_wrap=True)
         self._metrics = MetricsWriter(plan.config.run_folder / FILE_NAME)
         self._epochs = plan.config.recipe.epochs
         self._began = time.perf_counter()
@@ -61,19 +75,17 @@ class Monitor:
             host=socket.gethostname(),
             plan=text,
             versions=versions(),
-            resumed_from=resumed_from,
+            resumed_from=resumed.samples if resumed is not None else None,
         )
-        if resumed_from is not None:
+        if resumed is not None:
             self._metrics.write(
                 "resume",
-                samples=resumed_from,
+                samples=resumed.samples,
                 path=str(plan.config.run_folder),
                 world_size=plan.batch.world_size,
+                saved_world_size=resumed.world_size,
             )
-            self.console.print(
-                f"resumed   at {resumed_from:,} samples, epoch {plan.epoch(resumed_from):.2f}, "
-                f"on {plan.batch.world_size} rank{'s' * (plan.batch.world_size != 1)}"
-            )
+            self.line(f"resumed   {resume.describe(resumed, plan)}")
         self._progress.start()
 
     def steps(
@@ -205,6 +217,14 @@ class Monitor:
         if kind not in self._seen:
             self._seen.add(kind)
             self.console.print(f"[yellow]warning[/]   {escape(message)}")
+
+    def stopped(self, *, step: int, samples: int, why: str) -> None:
+        """Record and say that the training stopped before its end, because somebody wanted it to."""
+        self._metrics.write("stopped", step=step, samples=samples, why=why)
+        self.line(
+            f"stopped   after update {step:,}, epoch {self.plan.epoch(samples):.2f}: {why}",
+            "the same command continues",
+        )
 
     def finish(self, **figures: Any) -> None:
         """Record that the run is complete; only a run with this event succeeded."""

@@ -123,12 +123,15 @@ class Plan:
             "recipe": {**recipe, **{key: mask(recipe[key]) for key in ("data", "stream") if recipe[key]}},
         }
 
-    def page(self, *, ranks: str = "", model_lines: list[tuple[str, str]] | None = None) -> list[tuple[str, str]]:
+    def page(
+        self, *, ranks: str = "", model_lines: list[tuple[str, str]] | None = None, resume: str = ""
+    ) -> list[tuple[str, str]]:
         """The plan for people: (label, text) rows; the first row's label is the experiment's name.
 
         Args:
             ranks: where the ranks are, e.g. "4 hosts × 8".
             model_lines: rows that need the built model (`model.describe`), placed where they belong.
+            resume: what the run goes on from (`resume.outlook`).
         """
         config, batch, schedule = self.config, self.batch, self.schedule
         recipe = config.recipe
@@ -170,6 +173,7 @@ class Plan:
                 f"every {recipe.checkpoint.every_epochs:g} epoch{'s' * (recipe.checkpoint.every_epochs != 1)}, "
                 f"keep {recipe.checkpoint.keep} → {config.run_folder}",
             ),
+            *([("resume", resume)] if resume else []),
         ]
         return rows
 

@@ -11,11 +11,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline.metrics import FILE_NAME, Event, event_time, is_number, read_metrics
 from shards.errors import UserError
+
+OF_THE_LAUNCHER = ("fault", "launch")
+"""Events that the launcher wrote, once all ranks had ended."""
 
 
 @dataclass(frozen=True)
@@ -144,30 +148,32 @@ class RunRecord:
         return max((event["epoch"] for event in self.train + self.epochs + self.evaluations), default=0.0)
 
     @property
-    def sessions(self) -> list[tuple[datetime, datetime]]:
-        """First and last recorded moment of each process of the run (UTC), in order."""
-        sessions: list[tuple[datetime, datetime]] = []
+    def sessions(self) -> list[list[datetime]]:
+        """The recorded moments of each process of the run (UTC), as written; not what others wrote after its end."""
+        sessions: list[list[datetime]] = []
         for event in self.events:
             moment = event_time(event)
-            if moment is None:
+            if moment is None or event["event"] in OF_THE_LAUNCHER:
                 continue
             if event["event"] == "start":
-                sessions.append((moment, moment))
+                sessions.append([moment])
             elif sessions:
-                sessions[-1] = (sessions[-1][0], moment)
+                sessions[-1].append(moment)
         return sessions
 
     @property
     def seconds(self) -> float:
         """Time spent: as the run measured it, or, when it took several processes, the sum of their sessions.
 
-        The sum includes images that were done twice, and not the pauses between processes.
+        The sum includes images that were done twice, and not the pauses between processes. Where a clock was set back
+        in between, that moment counts as none.
         """
         sessions = self.sessions
         measured = (self.finished or {}).get("seconds")
         if measured is not None and len(sessions) <= 1:
             return float(measured)
-        return sum((end - begin).total_seconds() for begin, end in sessions)
+        spans = (later - earlier for session in sessions for earlier, later in pairwise(session))
+        return sum(max(0.0, span.total_seconds()) for span in spans)
 
     def mean_over_time(self, field: str) -> float | None:
         """A field of the `train` (else `epoch`) events, averaged over time spent in steps; None where unknown.

@@ -183,3 +183,40 @@ def check(checkpoint: Checkpoint, plan: Plan) -> None:
         *(f"{name}: saved {saved[name]}, now {planned[name]} ({WHY[name]})" for name in differing),
         f"Give this run a folder of its own (--run DIR), or start anew in {plan.config.run_folder} with --fresh.",
     )
+
+
+def describe(checkpoint: Checkpoint, plan: Plan) -> str:
+    """Where a run goes on, and what is another than in the process that saved, for people.
+
+    Args:
+        checkpoint: that `check` has accepted.
+        plan: the run, on the ranks that it will have.
+    """
+    if checkpoint.step >= plan.steps:
+        return f"nothing is left to do: all {plan.steps:,} updates are done"
+    at = f"from update {checkpoint.step:,} (epoch {plan.epoch(checkpoint.samples):.2f})"
+    before, batch = checkpoint.world_size, plan.batch
+    if before is None or before == batch.world_size:
+        return f"{at} · on {batch.world_size} rank{'s' * (batch.world_size != 1)}" + " as before" * (before is not None)
+    return (
+        f"{at} · ranks {before} → {batch.world_size}, "
+        f"accumulation {batch.logical_workers // before} → {batch.accumulation} · "
+        f"batch {batch.train:,}, rates, order and BN's n are those of any number of ranks"
+    )
+
+
+def outlook(plan: Plan, warn: Callable[[str], None]) -> str:
+    """What a training of this plan would go on from, or why it would refuse to; empty for a new run.
+
+    Args:
+        plan: of a data set that was read.
+        warn: see `find_latest`.
+    """
+    try:
+        saved = find_latest(plan.config.run_folder, warn)
+        if saved is None:
+            return ""
+        check(saved, plan)
+    except UserError as error:
+        return f"refused: {error.headline} · another folder: --run DIR, or anew: --fresh"
+    return describe(saved, plan)

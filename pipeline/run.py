@@ -3,93 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
-
-from torch import nn
 
 from pipeline import checkpoint, model, report, resume
-from pipeline.dataset import AnySplit
 from pipeline.decode import make_decoder
 from pipeline.engine import Engine, World
 from pipeline.evaluate import Result, evaluate
 from pipeline.loader import Loader, MicroBatch, default_threads, evaluation_requests, training_requests
 from pipeline.monitor import Monitor
-from pipeline.plan import Plan
+from pipeline.prepared import Prepared
 from pipeline.reader import Reader
 from pipeline.readers import evaluation_reader, reads_in_sequence, training_reader
 from pipeline.record import RunRecord
-from pipeline.resume import Checkpoint
 from pipeline.samples import SampleWriter
 from pipeline.saver import Saver
 from pipeline.sums import StepSums, Window, over_ranks
 from pipeline.tally import Tally
-from pipeline.versions import versions
+from pipeline.watch import Watch
 from shards.errors import UserError
 from shards.files import exclusive, write_whole
 
 MAX_WITHHELD_UPDATES = 50
 
 
-FACT_MENDS = {
-    "decoder": "Name a decoder that every host has: recipe.loader.decoder (onehour doctor shows them).",
-    "checkpoint": "A host that finds a save damaged goes on from the one before it: onehour checkpoints RUN --verify.",
-}
-"""What helps where a fact differs, besides making the hosts alike."""
-
-
 class DivergenceError(UserError):
     """The training has come apart; every rank meets it at the same update."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a rank has before it talks to the others.
-
-    Attributes:
-        plan: the resolved run.
-        train_split, validation_split: the opened shards.
-        saved: the checkpoint to continue from, or None.
-        network: the model, with the checkpoint's weights if there is one.
-        state: the engine's state out of the checkpoint, or None.
-        warnings: what a person must come to know of the checkpoints.
-    """
-
-    plan: Plan
-    train_split: AnySplit
-    validation_split: AnySplit
-    saved: Checkpoint | None
-    network: nn.Module
-    state: dict[str, Any] | None
-    warnings: tuple[str, ...] = ()
-
-    def facts(self) -> dict[str, Any]:
-        """What must be the same on every host."""
-        resolved = self.plan.config.resolved()
-        del resolved["recipe"]["data"]  # a path of the host; the digests below say whether it is the same data
-        configuration = json.dumps(resolved, sort_keys=True)
-        live = self.plan.rungs[0] if self.plan.rungs else None
-        return {
-            "configuration": hashlib.sha256(configuration.encode()).hexdigest()[:12],
-            "order": self.plan.order.name,  # it depends on where a host's shards lie
-            # those below it take the few images that it refuses, and their pixels differ by rounding
-            "decoder": live,
-            "training shards": self.train_split.digest[:12],
-            "validation shards": self.validation_split.digest[:12],
-            "checkpoint": f"step {self.saved.step}" if self.saved is not None else "none",
-            "checkpoint's digests": self.saved.digests if self.saved is not None else {},
-            "versions": {
-                package: number
-                for package, number in versions().items()
-                if package != "simplejpeg" or live == "simplejpeg"
-            },
-        }
 
 
 class Run:
@@ -105,6 +47,7 @@ class Run:
         recipe = plan.config.recipe
         self.plan = plan
         self.world = world
+        self.watch = world.watch
         self.folder = plan.config.run_folder
         self.classes = len(prepared.train_split.classes)
         self.samples, self.step = (saved.samples, saved.step) if saved is not None else (0, 0)
@@ -133,12 +76,16 @@ class Run:
             resolved = {**plan.config.resolved(), **plan.batch.deepspeed()}
             write_whole(self.folder / checkpoint.RESOLVED_FILE, (json.dumps(resolved, indent=2) + "\n").encode())
             page = plan.page(ranks=_where(world), model_lines=model_lines)
-            resumed_from = self.samples if saved is not None else None
-            self.monitor = self._open.enter_context(contextlib.closing(Monitor(plan, self.engine, page, resumed_from)))
+            self.monitor = self._open.enter_context(contextlib.closing(Monitor(plan, self.engine, page, saved)))
             for warning in prepared.warnings:
                 self.monitor.warn("checkpoint", warning)
             self.saver = self._open.enter_context(Saver(plan, self.classes, self.monitor.checkpoint))
+            self.watch.settle = self.saver.settle
         self._training_reader: Reader | None = None
+        self._saved_at = self.step if saved is not None else 0  # nothing is lost where nothing is done
+        self.watch.describe = self._describe_samples
+        self.watch.stop.resume_at(self.step)
+        self.watch.at("setting up", self.step, self.samples)
         self._seconds_in_steps = 0.0
         self._timed_until = 0.0
         self._skipped = 0
@@ -152,10 +99,18 @@ class Run:
     ) -> None:
         self._open.__exit__(kind, error, trace)
 
-    def train(self) -> None:
-        """Train to the end of the configured epochs, evaluate, save, export."""
+    def train(self) -> bool:
+        """Train to the end of the configured epochs, evaluate, save, export.
+
+        Returns:
+            False where somebody wanted the training to stop before: it is saved after the same update on all ranks.
+        """
         self._train()
+        if self.step < self.plan.steps:
+            self._stop()
+            return False
         self._finish()
+        return True
 
     def _train(self) -> None:
         recipe = self.plan.config.recipe
@@ -176,8 +131,9 @@ class Run:
         recent, whole_epoch = StepSums(self.world.device), StepSums(self.world.device)
         self._timed_until = time.perf_counter()
         with contextlib.closing(reader), self._loader(reader, requests) as loader:
-            batches = _Waiting(loader)
-            while self.step < self.plan.steps:
+            batches = _Waiting(loader, self.watch)
+            while self.step < self.plan.steps and self.watch.stop.may_begin(self.step):
+                self.watch.at("updating", self.step, self.samples)
                 sums, ids = self.engine.update(batches, self.samples)
                 if record is not None:
                     record.write(self.step, self.engine.lr_used, ids)
@@ -204,6 +160,24 @@ class Run:
                     self._timed_until = time.perf_counter()
         if record is not None:
             record.close()
+
+    def _stop(self) -> None:
+        """Save what is not saved yet, and say so."""
+        if self.step > self._saved_at:
+            self._save()
+        if self.monitor is not None and self.saver is not None:
+            self.saver.wait()
+            self.monitor.stopped(step=self.step, samples=self.samples, why=self.watch.stop.why)
+
+    def _describe_samples(self) -> list[str]:
+        """Which samples this rank's present update takes, for whoever looks for what it hangs at."""
+        plan = self.plan
+        lines = [f"update {self.step + 1:,} begins at {self.samples:,} samples; this rank's part of it:"]
+        transform = plan.config.recipe.transform
+        for request in training_requests(plan.order, plan.batch, transform, self.world.rank, self.step, self.step + 1):
+            ids = " ".join(map(str, request.ids))
+            lines.append(f"positions {request.first:,} to {request.last:,}: samples {ids}")
+        return lines
 
     def _epochs_ended(self, before: int) -> int | None:
         """The last epoch (1-based) that ended between position `before` and now, if one did."""
@@ -281,6 +255,7 @@ class Run:
         split, world = self.validation_split, self.world
         images = len(split)
         micro = recipe.evaluation.micro_batch_size or self.plan.batch.micro
+        self.watch.at("evaluating")
         model.average_statistics(self.engine.model)
         self.engine.evaluation_mode()
         requests = evaluation_requests(
@@ -290,12 +265,19 @@ class Run:
             split, recipe, rank=world.rank, world_size=world.size, training=self._training_reader
         )
         with contextlib.closing(reader), self._loader(reader, requests) as batches:
-            result = evaluate(self.engine.forward, batches, images=images, device=world.device)
+            result = evaluate(
+                self.engine.forward,
+                _Waiting(batches, self.watch, "evaluating"),
+                images=images,
+                device=world.device,
+            )
             self._report_decoding(split.name, batches.take_tally())
         return result
 
     def _save(self) -> None:
         """Save a checkpoint; every rank calls it, rank 0 writes."""
+        self.watch.at("saving", self.step, self.samples)
+        self._saved_at = self.step
         model.average_statistics(self.engine.model)
         # the loss of the last update was finite, but it was measured before its weights were changed
         broken = model.first_not_finite(self.engine.model)
@@ -306,6 +288,7 @@ class Run:
 
     def _finish(self) -> None:
         """Export the weights, write down that the run is complete, and make the report."""
+        self.watch.at("finishing", self.step, self.samples)
         if self.monitor is None or self.saver is None:
             return
         self.saver.wait()
@@ -352,19 +335,29 @@ def _where(world: World) -> str:
 
 
 class _Waiting:
-    """An iterator that measures how long its consumer waits."""
+    """An iterator that measures how long its consumer waits, and tells the watch when it does.
 
-    def __init__(self, batches: Iterator[MicroBatch]) -> None:
+    Args:
+        batches: what is waited for.
+        watch: this rank's.
+        working: what the consumer does with a batch, in the watch's words.
+    """
+
+    def __init__(self, batches: Iterator[MicroBatch], watch: Watch, working: str = "updating") -> None:
         self._batches = batches
+        self._watch = watch
+        self._working = working
         self._waited = 0.0
 
     def __iter__(self) -> _Waiting:
         return self
 
     def __next__(self) -> MicroBatch:
+        self._watch.at(f"waiting for data ({self._working})")
         began = time.perf_counter()
         batch = next(self._batches)
         self._waited += time.perf_counter() - began
+        self._watch.at(self._working)
         return batch
 
     def take_waited(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,6 +142,11 @@ class Saver:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             self._report(replace(writing.result(), held=self._held))
+
+    def settle(self, seconds: float) -> None:
+        """Give the save in flight, if there is one, so long to be written; for a process that is about to end."""
+        if self._writing is not None:
+            futures.wait([self._writing], seconds)
 
     def __enter__(self) -> Saver:
         return self

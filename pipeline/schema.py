@@ -189,6 +189,13 @@ class Logging(Section):
     record_samples: bool = Field(False, description="write every consumed sample id and the LR used, per rank")
 
 
+class Watchdog(Section):
+    """When a training that cannot go on is ended on all hosts, with the stacks of every rank; 0 is never."""
+
+    silent_seconds: float = Field(30, ge=0, description="without a sign of life from a rank")
+    stuck_seconds: float = Field(600, ge=0, description="in which no rank gets any further, whatever it waits for")
+
+
 class Recipe(Section):
     """Everything that DeepSpeed has no key for."""
 
@@ -212,6 +219,7 @@ class Recipe(Section):
     checkpoint: Checkpoints = Checkpoints()
     loader: Loader = Loader()
     logging: Logging = Logging()
+    watchdog: Watchdog = Watchdog()
 
     @model_validator(mode="after")
     def _sizes_are_reached(self) -> Recipe:

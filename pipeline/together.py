@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from pipeline.meeting import RankError
 from shards.errors import UserError
 
 Prepared = TypeVar("Prepared")
@@ -33,7 +34,8 @@ def prepare_together(
         What `prepare` returned on this rank.
 
     Raises:
-        UserError: on every rank alike: some rank met one, or the facts differ; it names the hosts.
+        UserError: on every rank alike: all ranks met one, or the facts differ; it names the hosts.
+        RankError: on every rank alike: some hosts alone met one, or found another checkpoint.
     """
     prepared, mistake = None, None
     try:
@@ -64,21 +66,28 @@ def _raise_mistakes(every: list[dict[str, Any]]) -> None:
         return
     (headline, *details), hosts = next(iter(hosts_of.items()))
     if len(hosts) < len(every):
-        details.append(f"On {', '.join(sorted(set(hosts)))} only; {len(every)} ranks stop with it.")
+        # not what was asked for, but what a host is like: another try, or other hosts, may do
+        raise RankError(
+            headline, *details, f"On {', '.join(sorted(set(hosts)))} only; {len(every)} ranks stop with it."
+        )
     raise UserError(headline, *details)
 
 
 def _raise_differences(every: list[dict[str, Any]], mends: Mapping[str, str]) -> None:
     lines = []
+    differing = set()
     for name, value in every[0]["facts"].items():
         others = {answer["host"]: answer["facts"][name] for answer in every if answer["facts"][name] != value}
         if others:
             found = ", ".join(f"{host} has {other}" for host, other in others.items())
+            differing.add(name)
             lines.append(f"{name}: {every[0]['host']} has {value}, {found}")
             if name in mends:
                 lines.append(mends[name])
     if lines:
-        raise UserError(
+        # a file system may show one host an old listing
+        kind = RankError if differing <= {"checkpoint", "checkpoint's digests"} else UserError
+        raise kind(
             "the hosts do not agree; they would train different things without noticing",
             *lines,
             "Every host needs the same code, configuration and shards, and one run folder that they share.",

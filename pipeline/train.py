@@ -10,32 +10,42 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 import torch
+import torch.distributed as dist
 
-from pipeline import checkpoint, config, engine, model, resume
+from pipeline import engine
 from pipeline.engine import World
-from pipeline.experiment import add_config_arguments, check_monitors, open_run, overrides_of
+from pipeline.experiment import add_config_arguments, overrides_of
+from pipeline.fault import FAILED, FINISHED, MISTAKE, STOPPED
 from pipeline.loader import default_threads
-from pipeline.run import FACT_MENDS, DivergenceError, Prepared, Run
+from pipeline.meeting import RankError
+from pipeline.prepared import FACT_MENDS, Prepared, prepare
+from pipeline.run import DivergenceError, Run
+from pipeline.stop import Stop
 from pipeline.together import prepare_together
 from shards.errors import UserError
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo words it
+SECOND_INTERRUPT_SECONDS = 2.0
+"""A terminal's Ctrl-C reaches a rank twice, from the terminal and from its launcher; one later than that is meant."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as one rank. Returns the exit code: 0 finished, 1 failed, 2 a mistake of the user's."""
+    """Train as one rank. Returns the exit code (`pipeline.fault`): 0 finished, 1 failed, 2 a mistake, 75 stopped."""
     args = _parse(argv)
     rank = int(os.environ.get("RANK", "0"))
     place = f"rank {rank} on {socket.gethostname()}"
-    training = False
+    world: World | None = None
     try:
         world = engine.join(args.expect_world_size)
         rank, place = world.rank, f"rank {world.rank} on {socket.gethostname()}"
@@ -43,42 +53,96 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(default_threads(world.local_size))
         else:
             torch.backends.cudnn.benchmark = True
-        prepared = prepare_together(lambda: prepare(args.config, overrides_of(args), world), Prepared.facts, FACT_MENDS)
-        training = True
-        with Run(prepared, world) as run:
-            run.train()
-        engine.leave()
+        joined = world
+        prepared = prepare_together(
+            lambda: prepare(args.config, overrides_of(args), joined), Prepared.facts, FACT_MENDS
+        )
+        experiment = prepared.plan.config
+        world.watch.configure(experiment.run_folder, experiment.recipe.watchdog, args.lease)
+        _stop_on_signals(world.watch.stop)
+        # told before anything is closed, which may hang with what the error is about; and what is met on the way there
+        with _telling(world, place), Run(prepared, world) as run, _telling(world, place):
+            finished = run.train()
+        engine.leave(world)
+    except _ToldError as told:
+        return told.code
     except UserError as error:
-        # mistakes before the training are met by every rank, and one says them; a damaged image is one rank's own
-        if rank == 0 or (training and not isinstance(error, DivergenceError)):
-            print(f"onehour: {error}" + f"\n  ({place})" * training, file=sys.stderr, flush=True)
-        return 2
+        # met by every rank, and one says it; where there is no world yet, each of those that met it
+        if rank == 0 or world is None:
+            _say(str(error))
+        _leave_quietly(world)
+        return FAILED if isinstance(error, RankError) else MISTAKE
     except Exception as error:
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER):
-            print(f"onehour: {place} stopped: another rank is gone; its own message says why", file=sys.stderr)
+        _say(f"{place} failed:\n{traceback.format_exc()}")
+        if world is not None:
+            world.watch.fail(repr(error), FAILED)
+        return FAILED
+    return FINISHED if finished else STOPPED
+
+
+class _ToldError(Exception):
+    """What ended the training of this rank has been told of."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
+@contextlib.contextmanager
+def _telling(world: World, place: str) -> Iterator[None]:
+    """Say and write down what ends a training, and tell the other ranks, unless all of them meet it."""
+    try:
+        yield
+    except _ToldError:
+        raise
+    except DivergenceError as error:
+        if world.rank == 0:
+            _say(f"{error}\n  ({place})")
+        _leave_quietly(world)
+        raise _ToldError(MISTAKE) from error
+    except Exception as error:
+        # a connection to another rank: gloo's errors have no type of their own
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            world.watch.wait_for_verdict(error)
+            _say(f"{place} stopped: another rank is gone; its own message says why")
+        elif isinstance(error, UserError):  # of this rank alone: another host, or another try, may do better
+            _say(f"{error}\n  ({place})")
+            world.watch.fail(error.headline, FAILED)
         else:
-            print(f"onehour: {place} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+            _say(f"{place} failed:\n{traceback.format_exc()}")
+            world.watch.fail(repr(error), FAILED)
+        raise _ToldError(FAILED) from error
 
 
-def prepare(config_path: str, overrides: Sequence[str], world: World) -> Prepared:
-    """Read everything that this rank needs and check it; no rank talks to another here.
+def _leave_quietly(world: World | None) -> None:
+    """Leave where all ranks end alike: none takes another that was quicker for gone."""
+    if world is not None:
+        with contextlib.suppress(RuntimeError):
+            engine.leave(world)
 
-    Raises:
-        UserError: any mistake in the configuration, the shards or the checkpoint.
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        print(f"onehour: {text}", file=sys.stderr, flush=True)
+
+
+def _stop_on_signals(stop: Stop) -> None:
+    """SIGTERM and Ctrl-C ask for a save and a stop on all ranks together; a second Ctrl-C ends this rank at once.
+
+    To the end of the process: a launcher sends SIGTERM to the ranks beside one that is gone, and what they know of it
+    must be written down first.
     """
-    experiment = config.load(config_path, overrides)
-    check_monitors(experiment)
-    plan, train_split, validation_split = open_run(experiment, world.size, world.local_ranks)
-    warnings: list[str] = []
-    saved = resume.find_latest(plan.config.run_folder, warnings.append)
-    if saved is not None:
-        resume.check(saved, plan)
-    recipe = plan.config.recipe
-    network = model.create(recipe.model, len(train_split.classes), recipe.seed, recipe.transform.sizes)
-    state = checkpoint.load(saved, network) if saved is not None else None
-    return Prepared(plan, train_split, validation_split, saved, network, state, tuple(warnings))
+    interrupted: list[float] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            interrupted.append(time.monotonic())
+            if interrupted[-1] - interrupted[0] > SECOND_INTERRUPT_SECONDS:
+                os._exit(128 + signal.SIGINT)
+        stop.want(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,6 +153,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed", action="store_true", help="accepted and without effect")
     parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment says the same")
     parser.add_argument("--expect-world-size", type=int, help="fail if the launcher started another number of ranks")
+    parser.add_argument("--lease", help="given by onehour train: the token of its lease (pipeline.lease)")
     parser.add_argument("--overrides-base64", help="given by onehour train: a JSON list of --set arguments, in base64")
     args = parser.parse_args(argv)
     if args.overrides_base64:

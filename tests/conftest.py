@@ -20,6 +20,9 @@ from PIL import Image
 
 from pipeline import rungs
 
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # a peer that is gone is no C++ frames; read when torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked ranks must not inherit a pool of threads
 VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")  # for the tests marked gpu, in processes of their own
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the others are the same on every machine, and fork

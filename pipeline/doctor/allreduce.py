@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ LAUNCH_SECONDS = 180
 STOP_SECONDS = 15
 
 
-def measure(launcher_options: Sequence[str]) -> dict[str, Any]:
+def measure(launcher_options: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
     """Start all ranks and have them measure.
 
     Args:
         launcher_options: hostfile, filters, address and port.
+        environment: variables to set for the launcher.
 
     Returns:
         {"ranks", "bytes", "seconds" of one sum, "bus": bytes per second, "pairs": [[bytes per second, host, host]
@@ -45,7 +46,8 @@ def measure(launcher_options: Sequence[str]) -> dict[str, Any]:
     script = Path(sys.executable).parent / "deepspeed"
     launcher = [sys.executable, str(script)] if script.exists() else [shutil.which("deepspeed") or "deepspeed"]
     command = [*launcher, *launcher_options, "--quiet", "--module", "pipeline.doctor.allreduce"]
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    variables = {**os.environ, **environment}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)
     root = str(Path(__file__).resolve().parents[2])
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (root, variables.get("PYTHONPATH"))))
     process = subprocess.Popen(
@@ -159,7 +161,7 @@ def main() -> int:
                 "pairs": sorted(pair for pairs in every for pair in pairs),
             }
         )
-    engine.leave()
+    engine.leave(world)
     return 0
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import hosts, remote
+from pipeline import environment, hosts, remote
 from pipeline.config import Config
 from pipeline.doctor import allreduce, compare, folders, network, page
 from pipeline.doctor.compare import Check
@@ -26,9 +26,6 @@ from shards.errors import UserError
 HELLO_SECONDS = 15
 LOOK_SECONDS = 120
 """For a host to look at itself; most of it is importing torch from a slow file system."""
-
-TRAVELS = ("PYTHON", "NCCL", "GLOO", "OMP_NUM_THREADS", "DS_ACCELERATOR")
-"""How variables begin that a launch takes along to every host."""
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +100,9 @@ class Cluster:
     def _look(self, there: Sequence[str]) -> dict[str, Facts]:
         """What each host says of itself; one that cannot is a finding."""
         command = _python("pipeline.cli", "doctor", *self.config, "--facts", self._token)
-        answers = remote.run_everywhere(there, command, cwd=Path.cwd(), environment=environment(), timeout=LOOK_SECONDS)
+        answers = remote.run_everywhere(
+            there, command, cwd=Path.cwd(), environment=_environment(), timeout=LOOK_SECONDS
+        )
         facts, found = {}, {}
         for host, answer in answers.items():
             told = heard(answer.stdout)
@@ -127,7 +126,7 @@ class Cluster:
             self._ask(facts, list(facts), [], "")
             return
         command = _python("pipeline.doctor.network", json.dumps({"listen": self.port}))
-        with remote.started(first, command, cwd=Path.cwd(), environment=environment()) as listener:
+        with remote.started(first, command, cwd=Path.cwd(), environment=_environment()) as listener:
             assert listener.stdout is not None
             patience = threading.Timer(HELLO_SECONDS, listener.kill)  # else a host that hangs would be waited for
             patience.start()
@@ -164,7 +163,7 @@ class Cluster:
         }
         command = _python("pipeline.doctor.network", json.dumps(request))
         answers = remote.run_everywhere(
-            names, command, cwd=Path.cwd(), environment=environment(), timeout=HELLO_SECONDS + network.REACH_SECONDS
+            names, command, cwd=Path.cwd(), environment=_environment(), timeout=HELLO_SECONDS + network.REACH_SECONDS
         )
         told = {host: heard(answer.stdout) or {"tried": {}, "seen": None} for host, answer in answers.items()}
         if self.run_folder is not None:
@@ -218,7 +217,8 @@ def run(args: argparse.Namespace, experiment: Config | None) -> int:
     elif ranks == 1 or args.quick:
         result = {"skipped": "left out, as --quick says" if args.quick else "there is one rank only"}
     else:
-        result = allreduce.measure(_launcher_options(args, cluster))
+        with environment.travelling(environment.for_hosts(os.environ), "pdsh") as variables:
+            result = allreduce.measure(_launcher_options(args, cluster), variables)
     summary.append(_all_reduce(result))
     if args.json:
         checks = [
@@ -245,17 +245,12 @@ def _launcher_options(args: argparse.Namespace, cluster: Cluster) -> list[str]:
     return options
 
 
-def environment() -> dict[str, str]:
-    """The variables that a launch takes along: this machine's, and those of `.deepspeed_env`."""
-    variables = {name: value for name, value in os.environ.items() if name.startswith(TRAVELS)}
+def _environment() -> dict[str, str]:
+    """What a launch gives to every host, and what its launcher itself sends."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
     variables.pop("PYTHONDONTWRITEBYTECODE", None)  # the launch takes it out
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for path in (Path.home() / name, Path(name)):
-        if path.is_file():
-            lines = [line.partition("=") for line in path.read_text(encoding="utf-8").splitlines()]
-            variables.update({key.strip(): value for key, equals, value in lines if equals})
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return variables
+    return {**variables, **environment.for_hosts(os.environ)}
 
 
 def _python(module: str, *arguments: str) -> list[str]:

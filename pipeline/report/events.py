@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from pipeline.fault import FAULTS_FOLDER
 from pipeline.metrics import Event, event_time
 from pipeline.record import RunRecord
 from pipeline.report import text
@@ -54,19 +55,22 @@ def event_log(record: RunRecord) -> list[LogEntry]:
     for event in record.events:
         if event["event"] == "start":
             if process and all(earlier["event"] != "finished" for earlier in process):
-                lines.append(_broken_off(process, event.get("resumed_from")))
+                lines += _broken_off(process, event.get("resumed_from"))
             process = []
         process.append(event)
         line = _line(event)
         if line is None:
             continue
+        if line.kind == "launch" and lines and lines[-1].what == event.get("message"):  # its fault, just told
+            line.what = line.what.partition(": ")[0]
         old = _repeated(lines, line)
         if old is None:
             lines.append(line)
         else:
             _join(old, line)
     if not record.finished:
-        what = "the record ends here: still running, or stopped without finishing"
+        how = "not continued yet" if _told(process) else "still running, or stopped without finishing"
+        what = f"the record ends here: {how}"
         lines.append(Line(record.events[-1], "unfinished", what))
     begin = event_time(record.events[0])
     return [_entry(record, line, begin) for line in lines]
@@ -81,7 +85,19 @@ def _line(event: Event) -> Line | None:
         return Line(event, "started", what, f"{ranks} · {event.get('device', text.UNKNOWN)}")
     if kind == "resume":
         what = f"from {event.get('path', 'a checkpoint')}"
+        saved_by = event.get("saved_world_size")
+        if saved_by not in (None, event.get("world_size")):
+            ranks = f"{saved_by} → {ranks}"
         return Line(event, "resumed", what, f"{event['samples']:,} images done · {ranks}")
+    if kind == "stopped":
+        why = event.get("why", text.UNKNOWN)
+        return Line(event, "stopped", f"saved and stopped after update {_step(event)}: {why}")
+    if kind == "fault":
+        where = f"stacks in {FAULTS_FOLDER}/{event['launch']}" if "launch" in event else ""
+        return Line(event, "failed", str(event.get("message", "")), where)
+    if kind == "launch":
+        what = f"the one on {', '.join(event.get('hosts', ()))} ended: {event.get('message', text.UNKNOWN)}"
+        return Line(event, "launch", what, f"after update {_step(event)} · exit code {event.get('code', text.UNKNOWN)}")
     if kind == "skip":
         times = event.get("skipped", 1)
         what = f"{times:,} update{'s' * (times != 1)} not applied, overflow: near update {_step(event)}"
@@ -102,7 +118,7 @@ def _repeated(lines: list[Line], line: Line) -> Line | None:
     """The line that `line` repeats: the same warning just before, or one of its kind since the process started."""
     if line.kind == "warned":
         return lines[-1] if lines and (lines[-1].kind, lines[-1].what) == ("warned", line.what) else None
-    if line.kind in ("skipped", "failed"):
+    if line.kind in ("skipped", "failed") and line.event["event"] != "fault":
         old = next((old for old in reversed(lines) if old.kind in (line.kind, "started")), None)
         return old if old and old.kind == line.kind else None
     return None
@@ -119,12 +135,19 @@ def _join(old: Line, line: Line) -> None:
         old.detail = "; last: ".join(filter(None, (f"{old.times:,} times", line.detail)))
 
 
-def _broken_off(process: list[Event], resumed_from: int | None) -> Line:
-    """The end of a process that another one followed without its having finished."""
+def _told(process: list[Event]) -> bool:
+    """Whether the record says how a process ended that did not finish."""
+    return any(event["event"] in ("stopped", "fault") for event in process)
+
+
+def _broken_off(process: list[Event], resumed_from: int | None) -> list[Line]:
+    """The end of a process that another one followed without its having finished; nothing where all is told."""
     reached = max(event.get("samples") or 0 for event in process)
     lost = 0 if resumed_from is None else max(0, reached - resumed_from)
     detail = f"{lost:,} images after the checkpoint are done again" if lost else ""
-    return Line(process[-1], "stopped", "the process ended without finishing", detail)
+    if _told(process) and not detail:
+        return []
+    return [Line(process[-1], "stopped", "the process ended without finishing", detail)]
 
 
 def _step(event: Event) -> str:
@@ -145,7 +168,8 @@ def _entry(record: RunRecord, line: Line, begin: datetime | None) -> LogEntry:
     total = record.start.get("train_samples")
     return LogEntry(
         when=f"{moment:%Y-%m-%d %H:%M:%S}" if moment else text.UNKNOWN,
-        after=text.duration((moment - begin).total_seconds()) if moment and begin else text.UNKNOWN,
+        # a clock may have been set back
+        after=text.duration((moment - begin).total_seconds()) if moment and begin and moment >= begin else text.UNKNOWN,
         epoch=f"{samples / total:.2f}" if samples and total else "",
         kind=line.kind,
         what=line.what,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint, cli, config, launch, model
+from pipeline import checkpoint, cli, config, launcher, model
 from pipeline.experiment import open_run
 from shards.cli import main as shards_main
 from shards.files import exclusive
@@ -18,10 +18,10 @@ from tests.conftest import write_images
 
 @pytest.fixture(autouse=True)
 def no_launch(monkeypatch):
-    def refuse(command: list[str], environment: dict[str, str], *, stops_its_ranks: bool) -> int:
+    def refuse(command: list[str], *_: object, **__: object) -> int:
         raise AssertionError(f"launched {command}")
 
-    monkeypatch.setattr(launch, "_launch", refuse)
+    monkeypatch.setattr(launcher, "run_launcher", refuse)
 
 
 @pytest.fixture
@@ -75,12 +75,13 @@ def test_gpus_by_name(capsys, write_config, monkeypatch):
 
 
 def test_a_launch_on_hosts_that_cannot_begin_sets_nothing_aside(capsys, saved, monkeypatch, tmp_path):
-    """The launcher would fail on the comment, after `--fresh` had renamed the earlier run."""
+    """The launcher would fail after `--fresh` had renamed the earlier run."""
     monkeypatch.chdir(tmp_path)
     Path("hosts").write_text("a slots=2\nb slots=2\n")
-    Path(".deepspeed_env").write_text("NCCL_DEBUG=INFO\n# for us\n")
-    assert ".deepspeed_env:2: '# for us'" in refusal(capsys, "train", saved, "--hostfile", "hosts", "--fresh")
+    Path(".deepspeed_env").write_text("NCCL_DEBUG=INFO\nexport A=1\n")
+    assert ".deepspeed_env:2: 'export A=1'" in refusal(capsys, "train", saved, "--hostfile", "hosts", "--fresh")
     Path(".deepspeed_env").unlink()
+    assert "2 of 2 hosts cannot start a rank: a, b" in refusal(capsys, "train", saved, "--hostfile", "hosts", "--fresh")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt install pdsh" in refusal(capsys, "train", saved, "--hostfile", "hosts", "--fresh")
     assert "apt install pdsh" in refusal(capsys, "train", saved, "--ranks", "2", "--force_multi", "--fresh")
@@ -210,7 +211,9 @@ def test_a_checkpoint_of_another_data_set(capsys, saved, tmp_path):
 
 
 def test_fresh_keeps_the_earlier_run_beside_the_new_one(capsys, saved, monkeypatch):
-    monkeypatch.setattr(launch, "_launch", lambda *_, **__: 3)  # the launcher fails: its code is passed on
+    monkeypatch.setattr(
+        launcher, "run_launcher", lambda *_, **__: launcher.Ended(3)
+    )  # the launcher fails: its code is passed on
     assert cli.main(["train", str(saved), "--set", "recipe.seed=1", "--ranks", "1", "--fresh"]) == 3
     captured = capsys.readouterr()
     assert "the earlier run is kept as" in captured.out and "did not finish" in captured.err
@@ -219,7 +222,7 @@ def test_fresh_keeps_the_earlier_run_beside_the_new_one(capsys, saved, monkeypat
 
 
 def test_a_launcher_that_ends_with_0_without_a_finished_run_is_a_failure(capsys, write_config, monkeypatch):
-    monkeypatch.setattr(launch, "_launch", lambda *_, **__: 0)
+    monkeypatch.setattr(launcher, "run_launcher", lambda *_, **__: launcher.Ended(0))
     assert cli.main(["train", str(write_config()), "--ranks", "1"]) == 1
     assert "did not finish" in capsys.readouterr().err
 

@@ -11,12 +11,13 @@ import random
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline import checkpoint, config, model, plan, resume, saves, schema
+from pipeline import checkpoint, cli, config, model, plan, resume, saves, schema
 from pipeline.experiment import open_run
 from pipeline.plan import Plan
 from pipeline.window import WindowOrder
@@ -379,3 +380,46 @@ def test_a_checkpoint_of_other_shards_or_another_order_is_refused(planned):
 def test_the_number_of_ranks_is_no_fact(planned, write_config, world_size):
     save(planned, 3)
     resume.check(newest(planned), open_run(config.load(write_config("tiny")), world_size)[0])
+
+
+# ---------------------------------------------------------------- what the plan says of going on
+
+
+def test_the_plan_says_what_other_hosts_change_and_what_they_do_not(planned, write_config, tmp_path, capsys):
+    path = str(write_config())
+    assert cli.main(["plan", path, "--ranks", "4"]) == 0
+    assert "resume" not in capsys.readouterr().out, "a new run"
+    save(planned, 5)
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    assert cli.main(["plan", path, "--hostfile", str(tmp_path / "hosts")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "resume     from update 5 (epoch 1.23) · ranks 2 → 4, accumulation 2 → 1 · "
+        "batch 32, rates, order and BN's n are those of any number of ranks"
+    )
+    assert cli.main(["plan", path, "--world-size", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["resume"] == "from update 5 (epoch 1.23) · on 2 ranks as before"
+    assert cli.main(["plan", path, "--world-size", "1", "--samples", "130"]) == 0
+    assert "resume" not in capsys.readouterr().out, "of no data set, nothing is known"
+
+
+def test_the_plan_says_that_training_would_refuse(planned, write_config, capsys):
+    folders = [save(planned, step) for step in (4, 5)]
+    path = str(write_config())
+    assert cli.main(["plan", path, "--ranks", "2", "--set", "recipe.seed=1"]) == 0
+    refused = f"resume     refused: {folders[1]}: the checkpoint is from another run: seed differs · another folder: "
+    assert refused in capsys.readouterr().out
+    (folders[1] / "model.safetensors").write_bytes(b"")
+    assert cli.main(["plan", path, "--ranks", "2"]) == 0
+    said = capsys.readouterr()
+    assert "resume     from update 4" in said.out and "PASSED OVER" in said.err
+    (folders[0] / "model.safetensors").write_bytes(b"")
+    assert cli.main(["plan", path, "--ranks", "2"]) == 0
+    assert "none of the saves is whole" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_say_its_ranks_and_one_of_the_end(planned):
+    save(planned, 5)
+    old = replace(newest(planned), world_size=None)
+    assert resume.describe(old, planned) == "from update 5 (epoch 1.23) · on 2 ranks"
+    done = replace(old, step=planned.steps)
+    assert resume.describe(done, planned) == "nothing is left to do: all 13 updates are done"

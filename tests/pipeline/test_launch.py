@@ -16,10 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import cli, config, launch
+from pipeline import cli, config, launch, launcher
 from pipeline.experiment import overrides_of
-from pipeline.metrics import FILE_NAME
+from pipeline.fault import STOPPED, Fault
+from pipeline.lease import Lease, LeaseView
+from pipeline.metrics import FILE_NAME, read_metrics
 from shards.errors import UserError
+from shards.files import exclusive
 from tests.conftest import kill_everything, processes_with
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +53,7 @@ def arguments(*more: str) -> argparse.Namespace:
 def command_for(path: Path, ranks: launch.Ranks, overrides: list[str], options: list[str] | None = None) -> list[str]:
     """The launcher's own arguments, without the two words that start it."""
     experiment = config.Config(path=path, raw={}, blocks=None, recipe=None, overrides=tuple(overrides))
-    command = launch._command(experiment, ranks, options or [])
+    command = launcher.command_line(experiment, ranks.world_size, [*ranks.options, *(options or [])], "token")
     assert command[0] == sys.executable and command[1].endswith("deepspeed")
     return command[2:]
 
@@ -145,25 +148,54 @@ def test_a_gpu_machine_trains_on_its_cpu_where_that_is_asked_for(monkeypatch, wr
 
 
 @pytest.mark.parametrize(
-    ("code", "exit_code", "how"),
+    ("ended", "exit_code", "how"),
     [
-        (0, 1, "the launcher's exit code was 0"),
-        (3, 3, "the launcher's exit code was 3"),
-        (-15, 143, "stopped by SIGTERM"),
-        (-2, 130, "stopped by SIGINT"),
+        (launcher.Ended(0), 1, "the launcher's exit code was 0"),
+        (launcher.Ended(3), 3, "the launcher's exit code was 3"),
+        (launcher.Ended(143), 143, "the launcher's exit code was 143"),
+        (launcher.Ended(143, wanted=True), 143, "stopped by SIGTERM"),
+        (launcher.Ended(130, wanted=True), 130, "stopped by SIGINT"),
     ],
 )
-def test_the_true_exit_code_is_said(capsys, monkeypatch, write_config, code, exit_code, how):
-    monkeypatch.setattr(launch, "_launch", lambda *_, **__: code)
+def test_the_true_exit_code_is_said(capsys, monkeypatch, write_config, ended, exit_code, how):
+    monkeypatch.setattr(launcher, "run_launcher", lambda *_, **__: ended)
     assert cli.main(["train", str(write_config()), "--ranks", "1"]) == exit_code
     message = capsys.readouterr().err
     assert f"did not finish ({how})" in message
     assert FILE_NAME not in message and "last checkpoint" not in message, "there are none"
 
 
+def test_a_fault_is_written_into_the_record_once_the_ranks_have_ended(write_config):
+    args = arguments()
+    args.config = str(write_config())
+    started = launch.Launch(args, [])
+    fault = Fault("silent", 3, "worker-1", 512, "rank 3 on worker-1 is gone")
+    record = started.folder / FILE_NAME
+    started._note_fault(fault, "5e1f")
+    assert not started.folder.exists(), "a run that never began has no record"
+    started.folder.mkdir(parents=True)
+    record.touch()
+    started._note_fault(None, "5e1f")
+    with exclusive(started.folder, "training"):
+        started._note_fault(fault, "5e1f")  # rank 0 is still there, and writes
+        assert record.read_text() == ""
+    started._note_fault(fault, "5e1f")
+    [event] = read_metrics(record)
+    del event["time"]
+    assert event == {
+        "event": "fault",
+        "kind": "silent",
+        "message": "rank 3 on worker-1 is gone",
+        "rank": 3,
+        "host": "worker-1",
+        "step": 512,
+        "launch": "5e1f",
+    }
+
+
 def test_a_run_folder_that_this_host_does_not_share(capsys, monkeypatch, write_config, tmp_path):
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
-    monkeypatch.setattr(launch, "_launch", lambda *_, **__: 0)
+    monkeypatch.setattr(launcher, "run_launcher", lambda *_, **__: launcher.Ended(0))
     options = ["--hostfile", str(tmp_path / "hosts"), "--launcher", "openmpi"]
     assert cli.main(["train", str(write_config()), *options]) == 1
     message = capsys.readouterr().err
@@ -190,14 +222,19 @@ def wait_for(condition, process: subprocess.Popen, seconds: float) -> None:
         time.sleep(0.02)
 
 
-def start_launch(script: str, *, marker: Path, stops_its_ranks: bool) -> subprocess.Popen:
-    """`launch._launch` in a process of its own, with a shell script as the launcher; waits for the file `marker`."""
+def start_launch(script: str, *, marker: Path, pdsh: bool) -> subprocess.Popen:
+    """`run_launcher` in a process of its own, with a shell script as the launcher; waits for the file `marker`."""
     script = f"{script}\ntouch {shlex.quote(str(marker))}; sleep 60 & wait; wait"
-    code = (
-        "import sys; from pipeline import launch; launch.STOP_SECONDS = 1; "
-        f"code = launch._launch(['bash', '-c', {script!r}], {{}}, stops_its_ranks={stops_its_ranks}); "
-        "sys.exit(100 - code)"
-    )
+    code = f"""
+import sys
+from pathlib import Path
+from pipeline import launcher
+from pipeline.lease import Lease
+launcher.STOP_SECONDS = 1
+with Lease(Path({str(marker.parent / "run")!r})) as lease:
+    ended = launcher.run_launcher(['bash', '-c', {script!r}], {{}}, lease, pdsh={pdsh})
+sys.exit(ended.code if ended.wanted else 99)
+"""
     process = start("-c", code, marker=str(marker))
     wait_for(marker.exists, process, 30)
     return process
@@ -208,12 +245,12 @@ def start_launch(script: str, *, marker: Path, stops_its_ranks: bool) -> subproc
 def test_a_signal_ends_the_launcher_and_everything_under_it(tmp_path, number, ranks):
     """As sent to `onehour train` alone; also where ranks ignore it and the launcher is gone first."""
     marker = tmp_path / "ready"
-    process = start_launch(ranks, marker=marker, stops_its_ranks=False)
+    process = start_launch(ranks, marker=marker, pdsh=False)
     try:
         assert len(processes_with(f"ONEHOUR_TEST={marker}")) >= 3
         began = time.monotonic()
         process.send_signal(number)
-        assert process.wait(10) == 100 + number, process.communicate()[0]
+        assert process.wait(10) == 128 + number, process.communicate()[0]
         assert time.monotonic() - began < 4
         time.sleep(0.1)  # a killed process is there for a moment
         assert processes_with(f"ONEHOUR_TEST={marker}") == []
@@ -225,7 +262,7 @@ def test_ranks_are_told_before_they_are_killed(tmp_path):
     """By us: DeepSpeed's runner hands no signal on to them."""
     marker, told = tmp_path / "ready", tmp_path / "told"
     rank = f"(trap 'touch {shlex.quote(str(told))}; exit' TERM; sleep 60 & wait) &"
-    process = start_launch(rank, marker=marker, stops_its_ranks=False)
+    process = start_launch(rank, marker=marker, pdsh=False)
     try:
         process.send_signal(signal.SIGTERM)
         process.wait(10)
@@ -238,7 +275,7 @@ def test_nohup_is_honoured(tmp_path):
     marker = tmp_path / "ready"
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        process = start_launch("sleep 60 &", marker=marker, stops_its_ranks=False)
+        process = start_launch("sleep 60 &", marker=marker, pdsh=False)
         process.send_signal(signal.SIGHUP)
         time.sleep(0.5)
         assert process.poll() is None
@@ -249,36 +286,51 @@ def test_nohup_is_honoured(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_with_pdsh_the_launcher_is_told_and_stops_the_other_hosts_itself(tmp_path, number):
-    """Its handler runs to its end; it shares the terminal's process group, where ssh may ask something."""
+    """Its handler runs to its end."""
     marker, handled = tmp_path / "ready", tmp_path / "handled"
-    handler = f"trap 'sleep 1; touch {shlex.quote(str(handled))}; exit 1' TERM\n"
-    handler += "read -r _ _ _ _ group _ < /proc/$$/stat; echo group $group"
-    process = start_launch(handler, marker=marker, stops_its_ranks=True)
+    handler = f"trap 'sleep 1; touch {shlex.quote(str(handled))}; exit 1' TERM"
+    process = start_launch(handler, marker=marker, pdsh=True)
     try:
         process.send_signal(number)
-        assert process.wait(10) == 100 + number
+        assert process.wait(10) == 128 + number
         assert handled.exists()
     finally:
         kill_everything(f"ONEHOUR_TEST={marker}")
-    assert f"group {process.pid}" in process.communicate()[0]
+
+
+@pytest.mark.parametrize(("pdsh", "order"), [(True, ("stop", "its launcher was told to stop")), (False, ("train", ""))])
+def test_ranks_that_come_when_their_launcher_is_dead_do_not_train(tmp_path, pdsh, order):
+    """On other hosts they may still be starting; here its process group has been ended."""
+    with Lease(tmp_path / "run") as lease:
+        ended = launcher.run_launcher(["bash", "-c", "kill -9 $$"], {}, lease, pdsh=pdsh)
+    assert ended == launcher.Ended(128 + signal.SIGKILL)
+    assert LeaseView(tmp_path / "run", lease.token).order() == order
+    assert (tmp_path / "run").exists() == pdsh
+    with Lease(tmp_path / "run") as following:
+        assert LeaseView(tmp_path / "run", following.token).order() == ("train", "")
 
 
 @pytest.mark.launcher
-def test_no_rank_trains_on_after_a_sigterm(write_config):
+def test_a_sigterm_saves_after_the_same_update_on_all_ranks_and_no_rank_trains_on(write_config):
     """The real launcher, which in local mode has no handler of its own."""
-    path = write_config("stopped", {"recipe.epochs": 3000})
-    samples = path.parent / "runs" / "stopped" / "samples" / "from-0-rank-1-of-2.jsonl"
+    path = write_config("stopped", {"recipe.epochs": 3000, "recipe.checkpoint.every_epochs": 1000})
+    run = path.parent / "runs" / "stopped"
+    samples = [run / "samples" / f"from-0-rank-{rank}-of-2.jsonl" for rank in range(2)]
     process = start("-m", "pipeline.cli", "train", path, "--ranks", "2", marker=str(path))
     try:
-        wait_for(lambda: samples.exists() and samples.read_text().count("\n") > 2, process, 150)
+        wait_for(lambda: all(file.exists() and file.read_text().count("\n") > 2 for file in samples), process, 150)
         assert len(processes_with(f"ONEHOUR_TEST={path}")) >= 5
-        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=15)
-        assert process.returncode == 128 + signal.SIGTERM, output
-        assert "did not finish (stopped by SIGTERM)" in output and "Traceback" not in output
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == STOPPED, output
+        assert "stopping after this update" in output and "Traceback" not in output and "not finish" not in output
         time.sleep(0.1)
         assert processes_with(f"ONEHOUR_TEST={path}") == []
-        assert time.monotonic() - began < launch.STOP_SECONDS + 2
+        done = {file.read_text().count("\n") for file in samples}
+        [saved] = (run / "checkpoints").glob("step-*")
+        assert done == {int(saved.name.removeprefix("step-"))}
+        events = read_metrics(run / FILE_NAME)
+        assert [event["step"] for event in events if event["event"] == "stopped"] == [*done]
+        assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == [".lock"]
     finally:
         kill_everything(f"ONEHOUR_TEST={path}")

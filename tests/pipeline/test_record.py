@@ -77,6 +77,19 @@ def test_time_is_the_runs_own_or_the_sum_of_its_sessions(tmp_path: Path) -> None
     assert RunRecord.fold(two, tmp_path).seconds == (10 + 10) * 60  # and not the half hour between
 
 
+def test_time_survives_clocks_that_are_set_and_has_no_part_in_what_the_launcher_wrote(tmp_path: Path) -> None:
+    def at(hour: int, minute: int, event: dict[str, Any]) -> dict[str, Any]:
+        return event | {"time": f"2026-11-01T{hour:02}:{minute:02}:00.000Z"}
+
+    back = [at(8, 0, start()), at(8, 10, train(1000)), at(3, 0, train(1100)), at(3, 5, train(1200))]
+    assert RunRecord.fold(back, tmp_path).seconds == (10 + 5) * 60
+    fault = {"event": "fault", "kind": "silent", "step": 12, "message": "rank 1 is gone"}
+    launch = {"event": "launch", "hosts": ["a"], "step": 12, "code": 1, "message": "rank 1 is gone"}
+    again = [*back, at(4, 0, fault), at(4, 30, launch), at(1, 0, start(1000)), at(1, 20, train(1300))]
+    assert RunRecord.fold(again, tmp_path).seconds == (10 + 5 + 20) * 60
+    assert [len(session) for session in RunRecord.fold(again, tmp_path).sessions] == [4, 2]
+
+
 def test_speed_is_all_images_over_all_time(tmp_path: Path) -> None:
     events = [start(), train(1000, images_per_second=100.0, data_wait=0.0)]
     events += [train(4000, images_per_second=1000.0, data_wait=0.5)]

@@ -574,8 +574,7 @@ def test_a_run_folders_command_is_not_run_by_evaluate(tmp_path, many_shards, mon
 
 
 def facts_of(path: str) -> dict:
-    from pipeline.run import Prepared
-    from pipeline.train import prepare
+    from pipeline.prepared import Prepared, prepare
 
     class World:
         size, local_ranks = 2, range(2)
@@ -607,14 +606,15 @@ def test_hosts_that_would_decode_differently_do_not_agree(tmp_path, many_shards,
 @pytest.mark.parametrize("choice", ["native", "pillow"])
 def test_hosts_need_not_have_the_decoders_that_are_not_used(tmp_path, many_shards, monkeypatch, choice):
     """What the message says helps: naming a decoder that all have, whatever else they have."""
-    from pipeline import run
     from shards import jpeg
 
     path = str(load(tmp_path, many_shards, **{"recipe.loader.decoder": choice}).path)
     monkeypatch.setattr(jpeg, "unavailable", lambda: None)
     here = facts_of(path)
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
-    monkeypatch.setattr(run, "versions", lambda: {key: n for key, n in versions().items() if key != "simplejpeg"})
+    monkeypatch.setattr(
+        "pipeline.prepared.versions", lambda: {key: n for key, n in versions().items() if key != "simplejpeg"}
+    )
     assert facts_of(path) == here
 
 
@@ -623,9 +623,9 @@ def test_hosts_need_not_have_the_decoders_that_are_not_used(tmp_path, many_shard
 
 def train_rank(world, path: str, stop_at: int | None = None) -> None:
     """The training of one rank, ended by an exception after the first save at or after update `stop_at`."""
-    from pipeline.run import Prepared, Run
+    from pipeline.prepared import Prepared, prepare
+    from pipeline.run import Run
     from pipeline.together import prepare_together
-    from pipeline.train import prepare
 
     class StopError(Exception):
         pass

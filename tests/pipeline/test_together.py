@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint, config, model, train
+from pipeline import checkpoint, config, model
 from pipeline.experiment import open_run
-from pipeline.run import FACT_MENDS
+from pipeline.prepared import FACT_MENDS, prepare
 from pipeline.together import _raise_differences, prepare_together
 from shards.errors import UserError
 from tests.conftest import fork_ranks, tiny_config
@@ -77,7 +77,7 @@ def prepare_in_own_folder(world, data: Path, folder: Path, saved_by: set[int], d
     torch.distributed.barrier()
     # the folders differ in name here; on real hosts only in content
     facts = lambda prepared: {k: v for k, v in prepared.facts().items() if k != "configuration"}  # noqa: E731
-    return outcome(lambda: train.prepare(str(path), [], world), facts)
+    return outcome(lambda: prepare(str(path), [], world), facts)
 
 
 def test_hosts_that_would_resume_differently_are_refused(tiny_shards, tmp_path):

@@ -85,6 +85,41 @@ def test_divergence_is_said_once(tmp_path: Path) -> None:
     assert lines[1:-1] == [("failed", "the training loss is not a finite number from here on", "step 2")]
 
 
+def test_faults_launches_and_stops_are_told_and_not_told_twice(tmp_path: Path) -> None:
+    gone = "rank 1 on b is gone after update 7: no sign of life for 30 s; it was last seen updating, in backward"
+    fault = {"event": "fault", "kind": "silent", "rank": 1, "host": "b", "step": 7, "message": gone, "launch": "5e1f"}
+    launch = {"event": "launch", "hosts": ["a", "b"], "step": 7, "code": 1, "message": gone}
+    resume = {"event": "resume", "samples": 500, "world_size": 4, "saved_world_size": 6, "path": "runs/x"}
+    stopped = {"event": "stopped", "step": 8, "samples": 800, "why": "SIGTERM"}
+    back = {"event": "launch", "hosts": ["a"], "step": 8, "code": 75, "message": "hosts answer again"}
+    events = [start(), train(7), fault, launch, start(500), resume, train(8), stopped, back]
+    assert log(tmp_path, *events) == [
+        ("started", "training started", "8 ranks · 8 × H100"),
+        ("failed", gone, "stacks in faults/5e1f"),
+        ("launch", "the one on a, b ended", "after update 7 · exit code 1"),
+        ("stopped", "the process ended without finishing", "200 images after the checkpoint are done again"),
+        ("started", "a process started", "8 ranks · 8 × H100"),
+        ("resumed", "from runs/x", "500 images done · 6 → 4 ranks"),
+        ("stopped", "saved and stopped after update 8: SIGTERM", ""),
+        ("launch", "the one on a ended: hosts answer again", "after update 8 · exit code 75"),
+        ("unfinished", "the record ends here: not continued yet", ""),
+    ]
+    went_on = log(tmp_path, *events, start(800), train(10), FINISHED)
+    assert [kind for kind, _, _ in went_on[-3:]] == ["launch", "started", "finished"], "all was saved, and that is said"
+
+
+def test_a_fault_after_a_diverged_loss_is_a_line_of_its_own(tmp_path: Path) -> None:
+    fault = {"event": "fault", "kind": "error", "step": 3, "message": "the loss is nan", "launch": "1"}
+    assert [line[0] for line in log(tmp_path, start(), train(2, loss=None), fault)][1:3] == ["failed", "failed"]
+
+
+def test_a_clock_that_was_set_back_gives_no_negative_times(tmp_path: Path) -> None:
+    early = {"event": "stopped", "step": 1, "samples": 100, "why": "x", "time": (BEGIN - timedelta(days=2)).isoformat()}
+    facts = {"time": BEGIN.isoformat(), "world_size": 1, "train_samples": 1000, "train_batch_size": 100}
+    entries = event_log(RunRecord.fold([start() | facts, early], tmp_path))
+    assert (entries[1].when, entries[1].after, entries[1].epoch) == ("2026-10-30 08:00:00", "–", "0.10")
+
+
 def test_a_run_that_finished_and_was_started_again_did_not_stop(tmp_path: Path) -> None:
     late = {"event": "warning", "message": "the report could not be written"}
     assert "stopped" not in [line[0] for line in log(tmp_path, start(), train(10), FINISHED, late, start(1000))]
