@@ -65,25 +65,25 @@ def assert_close(run: Path, other: Path, tolerance: float) -> None:
         assert difference < tolerance, f"{name} differs by {difference:.1e}"
 
 
-def assert_the_run_is_exact(run: Path, path: Path) -> None:
-    """Sample ids and rates of every update are the order's and the schedule's."""
+def assert_the_run_is_exact(run: Path, path: Path, samples: int = TRAIN) -> None:
+    """Sample ids and rates of every update are the order's and the schedule's, of so many training images."""
     experiment = config.load(path)
     kn, epochs = experiment.blocks.train_batch_size, int(experiment.recipe.epochs)
-    order = Order(TRAIN, experiment.recipe.seed)
+    order = Order(samples, experiment.recipe.seed)
     schedule = Schedule.build(
         experiment.blocks.scheduler.params,
         lr=experiment.lr,
         reference_batch=experiment.recipe.reference_batch,
         train_batch_size=kn,
-        samples_per_epoch=TRAIN,
+        samples_per_epoch=samples,
     )
     updates = read_samples(run)
-    assert list(updates) == list(range(-(-epochs * TRAIN // kn)))
+    assert list(updates) == list(range(-(-epochs * samples // kn)))
     for number, update in updates.items():
         np.testing.assert_array_equal(update.ids, order.ids(number * kn, (number + 1) * kn))
         assert update.lr == schedule.lr(number * kn)
-    for row in audit(run, TRAIN)[:epochs]:
-        assert row["used"] == TRAIN and row["missing"] == 0 and row["repeated"] == 0
+    for row in audit(run, samples)[:epochs]:
+        assert row["used"] == samples and row["missing"] == 0 and row["repeated"] == 0
 
 
 def assert_the_same_training(paths: Sequence[Path], tolerance: float) -> None:
