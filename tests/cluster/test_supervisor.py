@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.metrics import read_metrics
 from tests.cluster.hosts import Cluster
-from tests.cluster.launched import Launched, configure, tidy, wait_until_nothing_is_left
+from tests.cluster.launched import ONEHOUR_TRAIN, Launched, configure, tidy, wait_until_nothing_is_left
 from tests.training import assert_the_same_training, onehour, output_of
 
 pytestmark = [pytest.mark.root, pytest.mark.launcher, pytest.mark.timeout(600)]
@@ -30,6 +30,7 @@ CHANGES = {
 
 
 TOLERANCE = 1e-3
+ONEHOUR_LAUNCH = (*ONEHOUR_TRAIN[:-1], "launch")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_host_goes_and_comes_back(cluster, unbroken, tiny_shards, tmp_path):
     hostfile = cluster.hostfile(tmp_path / "hostfile")
     options = ["--hostfile", hostfile, "--restarts", "3", "--min-nodes", "2"]
     with tidy(cluster):
-        launched = Launched(cluster.hosts[0], path, *options, command="launch")
+        launched = Launched(cluster.hosts[0], path, *options, command=ONEHOUR_LAUNCH)
         launched.wait_for_step(15)
         cluster.hosts[2].kill_all()  # and it does not answer any more
         launched.wait_until(lambda: "launching 4 ranks × 3 accumulation on node-0, node-1" in launched.output)
@@ -81,7 +82,7 @@ def test_a_failure_that_repeats_is_not_tried_for_ever(cluster, tiny_shards, tmp_
     hostfile = cluster.hostfile(tmp_path / "hostfile", hosts=cluster.hosts[:2])
     options = ["--hostfile", hostfile, "--restarts", "50"]
     with tidy(cluster):
-        launched = Launched(cluster.hosts[0], path, *options, command="launch")
+        launched = Launched(cluster.hosts[0], path, *options, command=ONEHOUR_LAUNCH)
         assert launched.code(300) != 0
         wait_until_nothing_is_left(cluster.hosts, 10)
     assert launched.output.count("launching 4 ranks") == 2 and "on the same hosts twice" in launched.output
