@@ -59,7 +59,7 @@ def test_who_is_missing_is_named_in_time(missing, named):
     ranks = places(5)
     present = [place for place in ranks if place.rank not in missing]
     errors = meet_all(present)
-    assert 0.4 < time.monotonic() - began < 5
+    assert 0.4 < time.monotonic() - began < 15
     for error in errors:
         assert isinstance(error, RankError)
         assert error.headline == f"{5 - len(missing)} of 5 ranks came within 0.5 s: {named} missing"
@@ -75,7 +75,7 @@ def test_a_rank_without_rank_0_says_where_it_looked():
     began = time.monotonic()
     ranks = places(2)
     [error] = meet_all(ranks[1:])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert error.headline == (
         f"127.0.0.1:{ranks[1].master_port}: rank 1 on {socket.gethostname()} does not reach rank 0 there within 0.5 s"
     )
