@@ -164,7 +164,8 @@ class Watch:
             self._start(self._look_at_lease)
 
     def be_patient(self, watchdog: Watchdog) -> None:
-        """Take over other limits."""
+        """Take over other limits; how long the ranks have been where they are counts from now on."""
+        self._moved = self._lived
         self._silent, self._stuck = watchdog.silent_seconds, watchdog.stuck_seconds
         self._tell_guardian(f"patience {self._silent}")
 

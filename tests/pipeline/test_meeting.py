@@ -17,7 +17,8 @@ from pipeline.hosts import free_port
 from pipeline.meeting import RankError, choose_interface, connect, hosts_of, meet
 from pipeline.rendezvous import Rendezvous
 
-SOON = timedelta(seconds=0.5)
+SOON = timedelta(seconds=2)
+"""Of which all that are there must come: on a machine that has other things to do, half a second is not enough."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,16 +60,16 @@ def test_who_is_missing_is_named_in_time(missing, named):
     ranks = places(5)
     present = [place for place in ranks if place.rank not in missing]
     errors = meet_all(present)
-    assert 0.4 < time.monotonic() - began < 15
+    assert 1.9 < time.monotonic() - began < 15
     for error in errors:
         assert isinstance(error, RankError)
-        assert error.headline == f"{5 - len(missing)} of 5 ranks came within 0.5 s: {named} missing"
+        assert error.headline == f"{5 - len(missing)} of 5 ranks came within 2 s: {named} missing"
         assert f"127.0.0.1:{ranks[0].master_port}: onehour doctor" in str(error)
 
 
 def test_of_many_that_are_missing_some_are_named():
     [error] = meet_all(places(2000)[:1])
-    assert "1 of 2,000 ranks came within 0.5 s: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 1,991 more are missing" in str(error)
+    assert "1 of 2,000 ranks came within 2 s: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 1,991 more are missing" in str(error)
 
 
 def test_a_rank_without_rank_0_says_where_it_looked():
@@ -77,7 +78,7 @@ def test_a_rank_without_rank_0_says_where_it_looked():
     [error] = meet_all(ranks[1:])
     assert time.monotonic() - began < 15
     assert error.headline == (
-        f"127.0.0.1:{ranks[1].master_port}: rank 1 on {socket.gethostname()} does not reach rank 0 there within 0.5 s"
+        f"127.0.0.1:{ranks[1].master_port}: rank 1 on {socket.gethostname()} does not reach rank 0 there within 2 s"
     )
     assert "--master_addr" in str(error)
 
@@ -87,7 +88,7 @@ def test_rank_0_that_never_comes_is_waited_for_as_long_as_was_said(seconds):
     """torch's own waiting takes 20 seconds more after 10, and 127 more after 120 (measured)."""
     began = time.monotonic()
     [error] = meet_all(places(2)[1:], timedelta(seconds=seconds))
-    assert isinstance(error, RankError) and seconds < time.monotonic() - began < seconds + 3
+    assert isinstance(error, RankError) and seconds < time.monotonic() - began < seconds + 10
 
 
 def test_rank_0_may_come_late():
