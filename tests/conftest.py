@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -119,6 +120,7 @@ def fork_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, t
     from pipeline.hosts import free_port
 
     torch.set_num_threads(1)
+    gc.collect()  # a store that an earlier test left would wait in a rank for its thread, which is not there
     context = multiprocessing.get_context("fork")
     port = free_port()
     pipes, processes = [], []
