@@ -97,7 +97,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             "Enable one of them; leave all out for fp32.",
         )
     recipe = _validate(place, schema.Recipe, raw["recipe"], "recipe")
-    return Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=tuple(overrides))
+    config = Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=tuple(overrides))
+    deepspeed_keys.check_precision(place, config.precision, blocks.optimizer, tf32=recipe.step.tf32)
+    return config
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
 from pipeline import rendezvous
+from pipeline.float32 import allow_tf32
 from pipeline.loader import MicroBatch
 from pipeline.meeting import choose_interface, connect, meet
 from pipeline.mixing import KeyedMixup
@@ -131,8 +132,13 @@ def leave(world: World) -> None:
     torch.distributed.destroy_process_group()
 
 
-def deepspeed_config(plan: Plan) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets: the user's JSON with the batch triangle and the precision resolved."""
+def deepspeed_config(plan: Plan, device: str = "cpu") -> dict[str, Any]:
+    """What `deepspeed.initialize` gets: the user's JSON with the batch triangle and the precision resolved.
+
+    Args:
+        plan: the resolved run.
+        device: "cuda" or "cpu"; on CUDA, SGD, Adam and AdamW are fused unless the JSON chooses an implementation.
+    """
     config = deepcopy(plan.config.raw)
     recipe = plan.config.recipe
     del config["recipe"]
@@ -144,6 +150,8 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     if config["optimizer"]["type"] in ("Adam", "AdamW"):
         config["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed's own is compiled at start-up
+    if device == "cuda":
+        _prefer_fused(config["optimizer"])
     config["scheduler"]["params"].update(
         lr=plan.config.lr,
         reference_batch=recipe.reference_batch,
@@ -151,6 +159,15 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
         samples_per_epoch=plan.train_samples,
     )
     return config
+
+
+def _prefer_fused(optimizer: dict[str, Any]) -> None:
+    """One kernel for all weights, which skips by itself: an unfused optimizer has the scaler wait at each update."""
+    params = optimizer["params"]
+    torchs = optimizer["type"] == "SGD" or params.get("torch_adam")
+    # SGD's first update is not damped, and that of momentum which begins at zero would be
+    if torchs and "foreach" not in params and not params.get("dampening"):
+        params.setdefault("fused", True)
 
 
 class Engine:
@@ -166,11 +183,12 @@ class Engine:
         lr_schedules.GradualWarmupLR = GradualWarmupLR  # where DeepSpeed looks up "scheduler": {"type": …}
         self.plan = plan
         self.world = world
-        if plan.config.precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions: ten bits of mantissa
+        allow_tf32(plan.config.recipe.step.tf32)
         try:
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
-                model=model.to(world.device), model_parameters=parameter_groups(model), config=deepspeed_config(plan)
+                model=model.to(world.device),
+                model_parameters=parameter_groups(model),
+                config=deepspeed_config(plan, world.device.type),
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{plan.config.path}: DeepSpeed refuses the configuration: {error}") from error
@@ -270,6 +288,7 @@ class Engine:
         """Continue from `state` at a position. Hyper-parameters stay those of the configuration."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self._fill_fused_momentum()  # what was saved may be older than the first update that was applied
         scaler = self._engine.torch_autocast_z0_gradscaler
         saved = state["loss_scaler"]
         if scaler is not None and saved and not self.plan.config.blocks.fp16.loss_scale:
@@ -303,10 +322,14 @@ class Engine:
 
     def _fill_fused_momentum(self) -> None:
         """Zero momentum that the fused kernel would otherwise leave uninitialised if the first step overflows."""
+        if self._engine.torch_autocast_z0_gradscaler is None:
+            return
         for group in self.optimizer.param_groups:
             if group.get("fused") and group.get("momentum"):
                 for parameter in group["params"]:
-                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                    state = self.optimizer.state[parameter]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 class OverflowCounter:

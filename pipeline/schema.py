@@ -196,6 +196,15 @@ class Watchdog(Section):
     stuck_seconds: float = Field(600, ge=0, description="in which no rank gets any further, whatever it waits for")
 
 
+class Step(Section):
+    """How an update is computed on the device."""
+
+    tf32: bool = Field(
+        False,
+        description="float32 convolutions and matrix products with ten bits of mantissa, on GPUs that have it",
+    )
+
+
 class Recipe(Section):
     """Everything that DeepSpeed has no key for."""
 
@@ -220,6 +229,7 @@ class Recipe(Section):
     loader: Loader = Loader()
     logging: Logging = Logging()
     watchdog: Watchdog = Watchdog()
+    step: Step = Step()
 
     @model_validator(mode="after")
     def _sizes_are_reached(self) -> Recipe:
