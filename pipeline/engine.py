@@ -35,6 +35,7 @@ from pipeline.loader import MicroBatch
 from pipeline.meeting import choose_interface, connect, meet
 from pipeline.mixing import KeyedMixup
 from pipeline.model import LogicalWorkerStatistics, Normalise, parameter_groups
+from pipeline.overflow import OverflowCounter, Overflows
 from pipeline.plan import Plan
 from pipeline.reader import raise_open_files
 from pipeline.schedule import GradualWarmupLR
@@ -200,7 +201,7 @@ class Engine:
         self._normalise = Normalise(transform.mean, transform.std, world.device)
         recipe = plan.config.recipe
         self._mixup = KeyedMixup(recipe.mixing, self.model.num_classes, recipe.seed) if recipe.mixing else None
-        self._overflows = OverflowCounter(self.optimizer, world.device)
+        self._overflows = OverflowCounter(self.optimizer)
         self._lr_used = float("nan")
         self._stochastic = is_stochastic(self.model)
         self._configure_loss_scale()
@@ -215,7 +216,11 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Updates that were not applied because a gradient overflowed. Reading it waits for the device."""
-        return self._overflows.skipped
+        return self._overflows.withheld
+
+    def take_overflows(self) -> Overflows:
+        """The withheld updates, and the longest streak of them since the last call. Waits for the device."""
+        return self._overflows.take()
 
     @property
     def lr_used(self) -> float:
@@ -267,9 +272,9 @@ class Engine:
                         [loss.double() * count, correct.double(), torch.full_like(loss, count).double()]
                     )
                 self._engine.backward(loss)
-                self._overflows.attempts += self._engine.is_gradient_accumulation_boundary()
                 self._lr_used = self.optimizer.param_groups[0]["lr"]
                 self._engine.step()
+        self._overflows.attempted()
         return sums, ids
 
     def evaluation_mode(self) -> None:
@@ -330,31 +335,3 @@ class Engine:
                     state = self.optimizer.state[parameter]
                     if state.get("momentum_buffer") is None:
                         state["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-class OverflowCounter:
-    """Counts updates that the loss scaler withheld, without asking the device at every step.
-
-    An unfused optimizer is not called at all on overflow: attempts − calls. A fused one is always called and skips in
-    its kernel: the flag it is given is summed on the device.
-
-    Attributes:
-        attempts: updates tried, counted by the caller.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.attempts = 0
-        self._calls = 0
-        self._flags = torch.zeros((), device=device)
-        optimizer.register_step_pre_hook(self._called)
-
-    @property
-    def skipped(self) -> int:
-        """Updates withheld so far; waits for the device."""
-        return self.attempts - self._calls + int(self._flags.item())
-
-    def _called(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._calls += 1
-        found = getattr(optimizer, "found_inf", None)
-        if found is not None:
-            self._flags += found.reshape(())

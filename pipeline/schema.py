@@ -194,6 +194,9 @@ class Watchdog(Section):
 
     silent_seconds: float = Field(30, ge=0, description="without a sign of life from a rank")
     stuck_seconds: float = Field(600, ge=0, description="in which no rank gets any further, whatever it waits for")
+    withheld_updates: int = Field(
+        50, ge=0, description="float16 updates in a row that overflowed, after which the run is stopped; 0 is never"
+    )
 
 
 class Step(Section):

@@ -362,6 +362,7 @@ def test_missing_key_is_named(tmp_path, path, expected):
         ("zero_optimization", None, "null"),
         ("recipe.model.args", {"num_classes": "x"}, '"x"'),
         ("recipe.step", {"tf32": 1}, "1"),
+        ("recipe.watchdog", {"withheld_updates": -1}, "-1"),
         ("recipe.model.args", {"num_classes": True}, "true"),
     ],
 )
@@ -490,6 +491,7 @@ def test_zero_is_not_said_to_fail_in_float16_where_that_is_not_asked_for(tmp_pat
         {"optimizer.params": {"lr": 1, "momentum": 0.9, "dampening": 0.1}},
         {"optimizer.params": {"lr": 1, "momentum": 0.9, "fused": True}},
         {"optimizer": {"type": "AdamW", "params": {"lr": 1, "fused": True}}},
+        {"recipe.watchdog": {"withheld_updates": 0}},
     ],
 )
 def test_what_a_precision_allows_loads(tmp_path, changes):
