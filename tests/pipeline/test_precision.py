@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from pipeline import assess, cli, config, model
 from pipeline.engine import Engine, World, deepspeed_config
 from pipeline.evaluate import Result, evaluate
 from pipeline.float32 import allow_tf32
+from pipeline.metrics import Event, read_metrics
+from shards.cli import main as shards_main
 from tests.conftest import fork_ranks
 from tests.pipeline.test_engine import first_update, make_plan, micro_batch, network
+from tests.training import ENVIRONMENT
 
 FLOAT16 = {"fp16.enabled": True}
 PRECISIONS = {
@@ -261,3 +273,121 @@ def test_float16_with_zero_still_never_steps(stage):
 def test_float16_with_zero_still_has_scales_that_differ_between_ranks(stage):
     first, second = fork_ranks(upstream, 2, stage, {"compute_grad_norm": False})
     assert first[-1][1] != second[-1][1]
+
+
+# ---------------------------------------------------------------- 300 updates on real images
+
+DEMO = Path(__file__).resolve().parents[2] / "ds_configs" / "demo.json"
+LONG_UPDATES, WINDOW = 300, 30
+LONG = [
+    "train_batch_size=32",
+    "train_micro_batch_size_per_gpu=16",
+    "scheduler.params.milestones=[4, 6]",
+    "recipe.epochs=6.68",
+    "recipe.logging.every_steps=1",
+]
+ON_ONE_CORE = """
+import os, sys
+os.sched_setaffinity(0, {int(sys.argv.pop(1))})
+from pipeline.train import main
+sys.exit(main())
+"""
+SEEDS = (0, 1, 2)
+LONG_RUNS = {  # the slowest first, of which as many run side by side as there are cores
+    "fp16": ["fp16.enabled=true"],
+    "autocast-float16": ["torch_autocast.enabled=true", "torch_autocast.dtype=float16"],
+    "bf16": ["bf16.enabled=true"],
+    **{f"fp32, seed {seed}": [f"recipe.seed={seed}"] for seed in SEEDS},
+}
+
+
+@dataclass
+class LongRun:
+    """What 300 updates left behind."""
+
+    folder: Path
+    events: list[Event]
+    losses: np.ndarray
+
+    @property
+    def curve(self) -> np.ndarray:
+        """Mean losses of 30 updates each."""
+        return self.losses.reshape(-1, WINDOW).mean(axis=1)
+
+    @property
+    def end(self) -> float:
+        """The mean loss of the last two epochs."""
+        return float(self.losses[-90:].mean())
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LongRun]:
+    """The demo's network on the demo's images, in every precision; one core for each run."""
+    folder = tmp_path_factory.mktemp("precisions")
+    assert shards_main(["prepare", "demo", str(folder / "demo")]) == 0
+    cores = sorted(os.sched_getaffinity(0))
+    free = list(cores)
+
+    def train(name: str) -> LongRun:
+        core, run = free.pop(), folder / name
+        command = [sys.executable, "-c", ON_ONE_CORE, str(core), str(DEMO)]
+        command += ["--data", str(folder / "demo"), "--run", str(run)]
+        command += [argument for setting in [*LONG, *LONG_RUNS[name]] for argument in ("--set", setting)]
+        done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, check=False)
+        free.append(core)
+        assert done.returncode == 0, done.stdout + done.stderr
+        events = read_metrics(run / "metrics.jsonl")
+        return LongRun(run, events, np.asarray([event["loss"] for event in events if event["event"] == "train"]))
+
+    with ThreadPoolExecutor(len(cores)) as pool:
+        return dict(zip(LONG_RUNS, pool.map(train, LONG_RUNS), strict=True))
+
+
+def distance(run: LongRun, other: LongRun) -> float:
+    """How far two curves of the loss are apart (root mean square)."""
+    return float(np.sqrt(np.mean((run.curve - other.curve) ** 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # float16 is slow on a CPU
+def test_300_updates_of_every_precision_end_alike(long_runs: dict[str, LongRun], capsys: pytest.CaptureFixture):
+    """The noise is how far fp32 runs of three seeds are apart; twice that is the most allowed to another precision."""
+    pairs = list(itertools.combinations([long_runs[f"fp32, seed {seed}"] for seed in SEEDS], 2))
+    noise = max(distance(*pair) for pair in pairs)
+    noise_at_end = max(abs(one.end - other.end) for one, other in pairs)
+    single = long_runs["fp32, seed 0"]
+    with capsys.disabled():
+        print(f"\nbetween fp32 runs of {len(SEEDS)} seeds: curve {noise:.3f}, last two epochs {noise_at_end:.3f}")
+        for name, run in long_runs.items():
+            print(
+                f"{name:<18}loss of the last two epochs {run.end:.3f}   top-1 {run.events[-1]['top1']:.2f} %   "
+                f"curve {distance(run, single):.3f} from that of fp32, seed 0"
+            )
+    for name, run in long_runs.items():
+        assert len(run.losses) == LONG_UPDATES and np.isfinite(run.losses).all(), name
+        assert run.end < 0.1 * run.losses[0] and run.events[-1]["top1"] > 96, f"{name} has not learnt"
+        assert distance(run, single) <= 2 * noise, name
+        assert abs(run.end - single.end) <= 2 * noise_at_end, name
+    assert min(distance(long_runs[name], single) for name in ("fp16", "bf16")) > 0, "they are other precisions"
+    np.testing.assert_array_equal(
+        long_runs["fp16"].losses, long_runs["autocast-float16"].losses, "the block is that autocast, with its scale"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", LONG_RUNS)
+def test_what_300_updates_leave_is_fp32_and_finite_and_loads_into_timm(long_runs: dict[str, LongRun], name: str):
+    run = long_runs[name]
+    weights = load_file(run.folder / "model.safetensors")
+    for key, tensor in weights.items():
+        assert tensor.dtype == (torch.int64 if "num_batches" in key else torch.float32), key
+        assert tensor.isfinite().all(), key
+    recipe = config.load(run.folder / "config.resolved.json").recipe.model
+    exported = timm.create_model(
+        recipe.name, num_classes=10, checkpoint_path=run.folder / "model.safetensors", **recipe.args
+    )
+    assert weights.keys() == exported.state_dict().keys() and any("running_var" in key for key in weights)
+    for key, tensor in exported.state_dict().items():
+        assert torch.equal(tensor, weights[key]), key
+    assert exported.eval()(torch.randn(2, 3, 32, 32)).isfinite().all()
