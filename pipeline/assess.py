@@ -19,6 +19,7 @@ from pipeline import checkpoint, config, model, resume, saves
 from pipeline.dataset import open_split
 from pipeline.decode import make_decoder
 from pipeline.evaluate import Result, evaluate
+from pipeline.feed import Copier, Normalise
 from pipeline.loader import Loader, default_threads, evaluation_requests
 from pipeline.readers import evaluation_reader, reads_in_sequence
 from pipeline.schema import Transform
@@ -73,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fp32_forward(network: nn.Module, transform: Transform, device: torch.device):
-    normalise = model.Normalise(transform.mean, transform.std, device)
-    return lambda images: network(normalise(images))
+    normalise = Normalise(transform.mean, transform.std).to(device)
+    copy = Copier(device)
+    return lambda images: network(normalise(copy(images)))
 
 
 def _find(path: Path) -> tuple[Path, Path | None]:

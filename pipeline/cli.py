@@ -129,7 +129,7 @@ def _plan(args: argparse.Namespace) -> int:
         rows = model.describe(
             model.create(recipe.model, classes, recipe.seed, recipe.transform.sizes),
             weight_decay=experiment.blocks.optimizer.params.get("weight_decay", 0),
-            micro=resolved.batch.micro,
+            images=resolved.batch.physical,
             size=max(recipe.transform.sizes),
             precision=experiment.precision,
         )

@@ -5,11 +5,14 @@ Traps of DeepSpeed 0.19 that are closed here (docs/precision.md has the measurem
 - the `fp16` block at ZeRO stage 0 divides gradients by a loss scale that it never multiplied in, and both half
   precision blocks cast BN's weights; the blocks become `torch_autocast` with our loss scaler settings;
 - a C++ extension that CPU training does not use is compiled at start-up, for two minutes;
-- the throughput timer synchronises the device twice per micro-batch unless disabled.
+- the throughput timer synchronises the device twice per micro-batch unless disabled;
+- at stage 0 gradients are copied into one buffer and out of it again, after the backward pass and on one rank too:
+  `pipeline.overlap` averages them instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from copy import deepcopy
@@ -30,10 +33,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
 from pipeline import rendezvous
+from pipeline.batch_norm import LogicalWorkerStatistics, make_ghosts, without_ghost
+from pipeline.feed import Copier, Normalise
 from pipeline.loader import MicroBatch
 from pipeline.meeting import choose_interface, connect, meet
 from pipeline.mixing import KeyedMixup
-from pipeline.model import LogicalWorkerStatistics, Normalise, parameter_groups
+from pipeline.model import parameter_groups
+from pipeline.overlap import GradientAverager
 from pipeline.plan import Plan
 from pipeline.reader import raise_open_files
 from pipeline.schedule import GradualWarmupLR
@@ -136,7 +142,7 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
     config = deepcopy(plan.config.raw)
     recipe = plan.config.recipe
     del config["recipe"]
-    config.update(plan.batch.deepspeed())
+    config.update(plan.batch.for_engine())
     for block in ("fp16", "bf16"):
         config.pop(block, None)
     if plan.config.precision != "fp32":
@@ -168,6 +174,7 @@ class Engine:
         self.world = world
         if plan.config.precision == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions: ten bits of mantissa
+        self._stochastic = is_stochastic(model)
         try:
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                 model=model.to(world.device), model_parameters=parameter_groups(model), config=deepspeed_config(plan)
@@ -177,14 +184,20 @@ class Engine:
         assert isinstance(self.scheduler, GradualWarmupLR)
         # not before: initialize views every parameter as contiguous bytes
         self.model: nn.Module = self._engine.module.to(memory_format=torch.channels_last)
-        self._statistics = LogicalWorkerStatistics(self.model, plan.batch.accumulation)
-        transform = plan.config.recipe.transform
-        self._normalise = Normalise(transform.mean, transform.std, world.device)
         recipe = plan.config.recipe
+        self._copy = Copier(world.device)
+        self._normalise = Normalise(recipe.transform.mean, recipe.transform.std).to(world.device)
+        if plan.batch.together > 1 or (recipe.step.compile and not without_ghost(self.model)):
+            make_ghosts(self.model, plan.batch.together)
+        self._statistics = LogicalWorkerStatistics(self.model, plan.batch.passes)
+        self._averager = (
+            GradientAverager(self.model.parameters()) if plan.averages_gradients and world.size > 1 else None
+        )
+        if recipe.step.compile:
+            self._compile(len(recipe.transform.sizes))
         self._mixup = KeyedMixup(recipe.mixing, self.model.num_classes, recipe.seed) if recipe.mixing else None
         self._overflows = OverflowCounter(self.optimizer, world.device)
         self._lr_used = float("nan")
-        self._stochastic = is_stochastic(self.model)
         self._configure_loss_scale()
         self._fill_fused_momentum()
 
@@ -206,39 +219,44 @@ class Engine:
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (n, 3, size, size) on any device → logits (n, classes), in the run's precision."""
-        return self._engine(self._normalise(images))
+        return self._engine(self._normalise(self._copy(images)))
 
     def update(self, micro_batches: Iterator[MicroBatch], samples: int) -> tuple[torch.Tensor, list[np.ndarray]]:
-        """One update from k/W micro-batches of this rank.
+        """One update from this rank's k/W logical workers.
 
         The loss is the mean over each micro-batch; DeepSpeed divides by accumulation and ranks, so the gradient is
         the 1/(kn) average of the whole minibatch (the paper's third remark).
 
         Args:
-            micro_batches: taken from as many times as there are accumulation steps.
+            micro_batches: taken from as many times as there are passes; each has the images of
+                `plan.batch.together` logical workers, one after the other.
             samples: the update's position in the stream, which decides the learning rate.
 
         Returns:
             float64 sums (loss, correct, images) over this rank's micro-batches, on the device and not waited for;
-            and the sample ids of each. A mixed image is correct as the class with the larger share in it.
+            and the sample ids of each logical worker. A mixed image is correct as the class with the larger share
+            in it.
         """
         self.scheduler.seek(samples)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        ids = []
+        ids: list[np.ndarray] = []
+        sizes = self.plan.batch
+        number = samples // sizes.train
         self._engine.train()
+        if self._averager is not None:
+            self._averager.begin()
         with self._statistics.update():
-            for index in range(self.plan.batch.accumulation):
+            for index in range(sizes.passes):
                 batch = next(micro_batches)
-                ids.append(batch.ids)  # and not the batch: its memory is for the next one
+                ids += np.split(batch.ids, sizes.together)  # and not the batch: its memory is for the next one
                 self._statistics.micro_step(index)
-                worker = self.world.rank * self.plan.batch.accumulation + index
-                number = samples // self.plan.batch.train
+                worker = self.world.rank * sizes.accumulation + index * sizes.together
                 if self._stochastic:
                     seed_worker(self.plan.config.recipe.seed, number, worker)
-                labels = batch.labels.to(self.world.device, non_blocking=True)
-                images, targets = self._normalise(batch.images), labels
+                labels = self._copy(batch.labels)
+                images, targets = self._normalise(self._copy(batch.images)), labels
                 if self._mixup is not None:
-                    images, targets = self._mixup(images, labels, number, worker)
+                    images, targets = self._mix(images, labels, number, worker)
                     labels = targets.argmax(dim=1)
                 logits = self._engine(images).float()
                 loss = F.cross_entropy(logits, targets)
@@ -248,7 +266,7 @@ class Engine:
                     sums += torch.stack(
                         [loss.double() * count, correct.double(), torch.full_like(loss, count).double()]
                     )
-                self._engine.backward(loss)
+                self._backward(loss, last=index == sizes.passes - 1)
                 self._overflows.attempts += self._engine.is_gradient_accumulation_boundary()
                 self._lr_used = self.optimizer.param_groups[0]["lr"]
                 self._engine.step()
@@ -283,6 +301,35 @@ class Engine:
         """Hand scalars to the JSON's own monitors (tensorboard, csv_monitor, wandb, comet); x axis is samples."""
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events([(name, value, samples) for name, value in values.items()])
+
+    def _mix(
+        self, images: torch.Tensor, labels: torch.Tensor, update: int, worker: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix the images of each logical worker, `worker` and those after it, among themselves."""
+        assert self._mixup is not None
+        micro = self.plan.batch.micro
+        mixed = [
+            self._mixup(*part, update, worker + number)
+            for number, part in enumerate(zip(images.split(micro), labels.split(micro), strict=True))
+        ]
+        return torch.cat([part for part, _ in mixed]), torch.cat([targets for _, targets in mixed])
+
+    def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add to the gradients; after the last pass they are averages over the ranks."""
+        averager = self._averager
+        if last and averager is not None:
+            averager.last_pass()
+        ours = self.plan.averages_gradients
+        with self._engine.no_sync() if ours else contextlib.nullcontext():  # DeepSpeed has nothing to do between ranks
+            self._engine.backward(loss)
+        if last and averager is not None:
+            averager.finish()
+
+    def _compile(self, sizes: int) -> None:
+        """Compile model and normalisation, once for each size of images, in training and in evaluation."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * sizes)
+        self._engine.compile(compile_kwargs={"dynamic": False})
+        self._normalise.compile(dynamic=False)
 
     def _configure_loss_scale(self) -> None:
         """Give the scaler the `fp16` block's settings; DeepSpeed makes it with torch's defaults."""

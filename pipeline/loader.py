@@ -76,18 +76,19 @@ def training_requests(
 ) -> Iterator[Request]:
     """The micro-batches of one rank, from update `first_update` (0-based) to the end of the run.
 
+    Logical workers that go through the model at once are one micro-batch here: a rank's are next to each other.
     All images of an update have one size, that of the epoch in which it begins.
     """
-    weights = np.ones(batch.micro, dtype=np.float32)
+    weights = np.ones(batch.physical, dtype=np.float32)
     for update in range(first_update, updates):
         size = transform.training_size(update * batch.train / order.samples)
-        for micro_step in range(batch.accumulation):
+        for micro_step in range(batch.passes):
             start, stop = micro_batch_positions(
                 update,
                 micro_step,
                 rank,
-                micro=batch.micro,
-                accumulation=batch.accumulation,
+                micro=batch.physical,
+                accumulation=batch.passes,
                 world_size=batch.world_size,
             )
             positions = np.arange(start, stop, dtype=np.int64)

@@ -60,6 +60,14 @@ class Plan:
     crop_indexes: int | None = None
 
     @property
+    def averages_gradients(self) -> bool:
+        """Whether `pipeline.overlap` averages the gradients; else it is DeepSpeed, with what is asked of it."""
+        blocks = self.config.blocks
+        plain = blocks.communication_data_type in (None, "fp32") and not blocks.prescale_gradients
+        watched = blocks.comms_logger.enabled or blocks.wall_clock_breakdown
+        return self.config.recipe.step.overlap and plain and blocks.gradient_predivide_factor == 1 and not watched
+
+    @property
     def steps_per_epoch(self) -> Fraction:
         """Updates per epoch; an epoch may end inside an update."""
         return Fraction(self.train_samples, self.batch.train)
@@ -94,6 +102,7 @@ class Plan:
             "micro_batch": self.batch.micro,
             "logical_workers": self.batch.logical_workers,
             "accumulation": self.batch.accumulation,
+            "workers_at_once": self.batch.together,
             "reference_lr": float(self.schedule.reference_lr),
             "reference_batch": recipe.reference_batch,
             "peak_lr": float(self.schedule.peak_lr),
@@ -148,7 +157,8 @@ class Plan:
                 "batch",
                 f"{batch.train:,} = {batch.micro} micro-batch × {batch.accumulation} accumulation × "
                 f"{batch.world_size} rank{'s' * (batch.world_size != 1)}{f' ({ranks})' if ranks else ''} · "
-                f"{batch.logical_workers} logical workers of n = {batch.micro}",
+                f"{batch.logical_workers} logical workers of n = {batch.micro}"
+                + (f", {batch.together} at once in {batch.passes} passes" if batch.together > 1 else ""),
             ),
             ("steps", f"{float(self.steps_per_epoch):,.2f} per epoch · {self.steps:,} in all{reaches}"),
             (
@@ -164,6 +174,7 @@ class Plan:
         rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
         rows += [
             ("precision", self._precision_line()),
+            *self._step_rows(),
             ("order", f"{self.order.name}, seed {recipe.seed}: every image once per epoch, any number of ranks"),
             *([] if isinstance(self.order, Order) else [("", self._locality_line())]),
             *self._augmentation_rows(),
@@ -236,6 +247,15 @@ class Plan:
         if blocks.fp16.enabled and blocks.fp16.loss_scale:
             text = text.replace("dynamic loss scale", f"loss scale {blocks.fp16.loss_scale:g}")
         return f"{block} block → {text} (why: docs/precision.md)" if block else text
+
+    def _step_rows(self) -> list[tuple[str, str]]:
+        """How an update is computed, where that is not the plain way."""
+        step, parts = self.config.recipe.step, []
+        if step.compile:
+            parts.append("compiled, which takes minutes before the first update and the first evaluation")
+        if self.batch.world_size > 1 and not self.averages_gradients:
+            parts.append("gradients averaged by DeepSpeed, after the backward pass")
+        return [("step", " · ".join(parts))] if parts else []
 
     def _locality_line(self) -> str:
         """What the reader of a run must know of an order that is not the paper's."""

@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 
 from pipeline import checkpoint, config, model, resume
+from pipeline.batch_norm import check_ghosts
 from pipeline.dataset import AnySplit
 from pipeline.engine import World
 from pipeline.experiment import check_monitors, open_run
 from pipeline.plan import Plan
 from pipeline.resume import Checkpoint
+from pipeline.stochastic import is_stochastic
 from pipeline.versions import versions
 
 FACT_MENDS = {
@@ -84,5 +86,6 @@ def prepare(config_path: str, overrides: Sequence[str], world: World) -> Prepare
         resume.check(saved, plan)
     recipe = plan.config.recipe
     network = model.create(recipe.model, len(train_split.classes), recipe.seed, recipe.transform.sizes)
+    check_ghosts(network, plan.batch.together, stochastic=is_stochastic(network))
     state = checkpoint.load(saved, network) if saved is not None else None
     return Prepared(plan, train_split, validation_split, saved, network, state, tuple(warnings))

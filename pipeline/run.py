@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from pipeline import checkpoint, model, report, resume
+from pipeline.batch_norm import average_statistics
 from pipeline.decode import make_decoder
 from pipeline.engine import Engine, World
 from pipeline.evaluate import Result, evaluate
@@ -63,7 +64,7 @@ class Run:
             model_lines = model.describe(
                 prepared.network,
                 weight_decay=plan.config.blocks.optimizer.params.get("weight_decay", 0),
-                micro=plan.batch.micro,
+                images=plan.batch.physical,
                 size=max(recipe.transform.sizes),
                 precision=plan.config.precision,
             )
@@ -254,9 +255,9 @@ class Run:
         recipe = self.plan.config.recipe
         split, world = self.validation_split, self.world
         images = len(split)
-        micro = recipe.evaluation.micro_batch_size or self.plan.batch.micro
+        micro = recipe.evaluation.micro_batch_size or self.plan.batch.physical
         self.watch.at("evaluating")
-        model.average_statistics(self.engine.model)
+        average_statistics(self.engine.model)
         self.engine.evaluation_mode()
         requests = evaluation_requests(
             images, micro, recipe.transform.size, world.rank, world.size, contiguous=reads_in_sequence(split)
@@ -278,7 +279,7 @@ class Run:
         """Save a checkpoint; every rank calls it, rank 0 writes."""
         self.watch.at("saving", self.step, self.samples)
         self._saved_at = self.step
-        model.average_statistics(self.engine.model)
+        average_statistics(self.engine.model)
         # the loss of the last update was finite, but it was measured before its weights were changed
         broken = model.first_not_finite(self.engine.model)
         if broken is not None:

@@ -189,6 +189,25 @@ class Logging(Section):
     record_samples: bool = Field(False, description="write every consumed sample id and the LR used, per rank")
 
 
+class Step(Section):
+    """How a rank computes an update. None of it changes what is learned, but by rounding."""
+
+    compile: bool = Field(False, description="torch.compile the model; the first updates and evaluation take minutes")
+    ghost_batches: int | Literal["auto"] = Field(
+        "auto",
+        description="most logical workers of a rank that go through the model at once, each normalised by itself; "
+        "auto: 1, or what makes 256 images if the model is compiled",
+    )
+    overlap: bool = Field(True, description="average gradients over the ranks while others are still computed")
+
+    @field_validator("ghost_batches")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
 class Watchdog(Section):
     """When a training that cannot go on is ended on all hosts, with the stacks of every rank; 0 is never."""
 
@@ -218,6 +237,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
     loader: Loader = Loader()
+    step: Step = Step()
     logging: Logging = Logging()
     watchdog: Watchdog = Watchdog()
 

@@ -89,6 +89,25 @@ def test_pixels_are_the_same_for_any_threads_and_ranks(reader, rung):
         assert epoch_pixels(reader, rung, world_size=world_size, threads=threads, prefetch=prefetch) == expected
 
 
+@pytest.mark.parametrize("together", [2, 4])
+def test_workers_at_once_are_one_micro_batch_of_the_same_samples(together):
+    order = Order(130, seed=5)
+    for world_size in (1, 2):
+        in_turn = Batch(train=32, micro=4, accumulation=8 // world_size, world_size=world_size)
+        at_once = replace(in_turn, together=together)
+        for rank in range(world_size):
+            single = list(training_requests(order, in_turn, TRANSFORM, rank, 2, 9))
+            joined = list(training_requests(order, at_once, TRANSFORM, rank, 2, 9))
+            assert len(single) == together * len(joined) and {len(request.ids) for request in joined} == {4 * together}
+            for name in ("ids", "epochs", "weights"):
+                parts = [np.concatenate([getattr(request, name) for request in some]) for some in (single, joined)]
+                assert np.array_equal(*parts), name
+            assert [request.first for request in joined] == [request.first for request in single[::together]]
+            assert [request.last for request in joined] == [
+                request.last for request in single[together - 1 :: together]
+            ]
+
+
 def test_augmented_pixels_and_sizes_are_the_same_for_any_threads_and_ranks(reader, rung):
     transform = Transform.model_validate(
         {
