@@ -155,6 +155,8 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
         reference_batch=recipe.reference_batch,
         train_batch_size=plan.batch.train,
         samples_per_epoch=plan.train_samples,
+        epochs=recipe.epochs,
+        scaling=recipe.scaling,
     )
     return config
 

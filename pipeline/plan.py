@@ -22,6 +22,11 @@ from shards.errors import UserError
 from shards.fetch import mask
 from shards.remote import RemoteSplit
 
+SCALING_PAGE = {
+    "linear": "linear scaling rule, Goyal et al. §2.1",
+    "square_root": "square root scaling rule, not the paper's",
+    "none": "not scaled",
+}
 PRECISION_PAGE = {
     "fp32": "fp32 throughout",
     "float16": "autocast float16 + dynamic loss scale; weights, BN, loss and optimizer in fp32",
@@ -153,6 +158,7 @@ class Plan:
         )
         rows = [
             (config.name, f"{recipe.model.name} · {images} · {recipe.epochs:g} epochs · {config.path}"),
+            *([("extends", " → ".join(base.name for base in reversed(config.bases)))] if config.bases else []),
             (
                 "batch",
                 f"{batch.train:,} = {batch.micro} micro-batch × {batch.accumulation} accumulation × "
@@ -164,12 +170,11 @@ class Plan:
             (
                 "rate",
                 f"{float(schedule.reference_lr):g} per {recipe.reference_batch} → peak {float(schedule.peak_lr):g} "
-                f"(× {float(Fraction(batch.train, recipe.reference_batch)):g}) · "
-                "linear scaling rule, Goyal et al. §2.1",
+                f"(× {float(schedule.peak_lr / schedule.reference_lr):g}) · {SCALING_PAGE[recipe.scaling]}",
             ),
             ("", self._warmup_line()),
         ]
-        rows += [("", line) for line in self._milestone_lines()]
+        rows += [("", line) for line in (*self._milestone_lines(), *self._decay_lines())]
         decay = config.blocks.optimizer.params.get("weight_decay", 0)
         rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
         rows += [
@@ -220,7 +225,7 @@ class Plan:
                 f"{schedule.warmup} · {peak:g} is {self._never_reached}"
             )
         how = "in equal increments per update" if schedule.warmup == "gradual" else f"held, then {peak:g}"
-        low = float(schedule.reference_lr)
+        low = float(schedule.warmup_lr)
         rates = f"{low:g} → {peak:g}" if schedule.warmup == "gradual" else f"{low:g}"
         return f"update 0 … {last:,} {rates} {how} · {float(schedule.warmup_epochs):g} epochs, {schedule.warmup}"
 
@@ -235,6 +240,18 @@ class Plan:
         if missed:
             lines.append(f"epoch {_epochs(missed)} {self._never_reached}")
         return lines
+
+    def _decay_lines(self) -> list[str]:
+        schedule = self.schedule
+        if schedule.decay in ("steps", "constant"):
+            return []
+        begin = schedule.warmup_epochs if schedule.warms_up else Fraction(0)
+        shape = f"polynomial of power {float(schedule.power):g}" if schedule.decay == "polynomial" else schedule.decay
+        last = schedule.lr((self.steps - 1) * self.batch.train)
+        return [
+            f"epoch {float(begin):g} … {float(schedule.epochs):g} → {float(schedule.final_lr):g} · {shape} · "
+            f"the last update's is {last:.3g}"
+        ]
 
     @property
     def _never_reached(self) -> str:
@@ -346,6 +363,8 @@ def resolve(
         reference_batch=config.recipe.reference_batch,
         train_batch_size=batch.train,
         samples_per_epoch=samples,
+        epochs=config.recipe.epochs,
+        scaling=config.recipe.scaling,
     )
     if train is None or validation is None:
         return Plan(config, batch, schedule, Order(samples, config.recipe.seed), samples)

@@ -30,6 +30,14 @@ REFUSED_MODEL_ARGS = {
 LONGEST_SIDE = 32_767
 """Pixels that an image may be scaled to."""
 
+DECAY_OWN_KEYS = {
+    "milestones": ("steps",),
+    "gamma": ("steps",),
+    "final_lr": ("cosine", "linear", "polynomial"),
+    "power": ("polynomial",),
+}
+"""Keys of `scheduler.params` that some ways of decay alone read."""
+
 CROP_OWN_KEYS = {"padding": "padded", "scale": "resized", "ratio": "resized"}
 """Keys of `recipe.transform` that one way of cropping alone reads."""
 
@@ -39,8 +47,27 @@ class ScheduleParams(Section):
 
     warmup: Literal["gradual", "constant", "none"] = "gradual"
     warmup_epochs: float = Field(5, ge=0)
-    milestones: list[float] = Field(default_factory=list)
-    gamma: float = Field(0.1, gt=0)
+    warmup_lr: float | None = Field(None, ge=0, description="where warmup begins; default: lr, as in the paper")
+    decay: Literal["steps", "cosine", "linear", "polynomial", "constant"] = Field(
+        "steps", description="from the end of warmup to the end of the run"
+    )
+    milestones: list[float] = Field(default_factory=list, description="steps only")
+    gamma: float = Field(0.1, gt=0, description="at each milestone; steps only")
+    final_lr: float = Field(0, ge=0, description="at the end of the run; cosine, linear and polynomial only")
+    power: float = Field(2, gt=0, description="polynomial only")
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> ScheduleParams:
+        for key, decays in DECAY_OWN_KEYS.items():
+            if self.decay not in decays and key in self.model_fields_set and getattr(self, key) != self._default(key):
+                raise ValueError(
+                    f'{key} is for decay "{decays[0]}" and has no effect with decay "{self.decay}": leave it out'
+                )
+        return self
+
+    @classmethod
+    def _default(cls, key: str) -> Any:
+        return cls.model_fields[key].get_default(call_default_factory=True)
 
     @model_validator(mode="after")
     def _ascending(self) -> ScheduleParams:
@@ -224,6 +251,9 @@ class Recipe(Section):
     model: Model
     epochs: float = Field(gt=0)
     reference_batch: int = Field(256, gt=0, description="the batch that optimizer.params.lr is for (paper §2.1)")
+    scaling: Literal["linear", "square_root", "none"] = Field(
+        "linear", description="how the rate follows train_batch_size; square_root is usual for Adam and its kin"
+    )
     seed: int = Field(0, ge=0, lt=2**63)
     run: str | None = Field(None, description="run folder; default runs/<name of the config>")
     transform: Transform = Transform()

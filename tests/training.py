@@ -76,6 +76,7 @@ def assert_the_run_is_exact(run: Path, path: Path, samples: int = TRAIN) -> None
         reference_batch=experiment.recipe.reference_batch,
         train_batch_size=kn,
         samples_per_epoch=samples,
+        epochs=experiment.recipe.epochs,
     )
     updates = read_samples(run)
     assert list(updates) == list(range(-(-epochs * samples // kn)))
