@@ -11,6 +11,7 @@ Traps of DeepSpeed 0.19 that are closed here (docs/precision.md has the measurem
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -184,6 +185,8 @@ class Engine:
         self._mixup = KeyedMixup(recipe.mixing, self.model.num_classes, recipe.seed) if recipe.mixing else None
         self._overflows = OverflowCounter(self.optimizer, world.device)
         self._lr_used = float("nan")
+        self._communicated = 0.0
+        self._time_all_reduce()
         self._stochastic = is_stochastic(self.model)
         self._configure_loss_scale()
         self._fill_fused_momentum()
@@ -203,6 +206,11 @@ class Engine:
     def lr_used(self) -> float:
         """The learning rate that the optimizer held at the last update, applied or withheld."""
         return self._lr_used
+
+    def take_communicated(self) -> float:
+        """Seconds since the last call that updates stood still for other ranks' gradients; NaN if not measured."""
+        communicated, self._communicated = self._communicated, 0.0
+        return communicated if self.world.device.type == "cpu" else float("nan")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (n, 3, size, size) on any device → logits (n, classes), in the run's precision."""
@@ -283,6 +291,17 @@ class Engine:
         """Hand scalars to the JSON's own monitors (tensorboard, csv_monitor, wandb, comet); x axis is samples."""
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events([(name, value, samples) for name, value in values.items()])
+
+    def _time_all_reduce(self) -> None:
+        """Measure DeepSpeed's all-reduce, which is after the backward pass; on a GPU it returns before it is done."""
+        all_reduce = self._engine.allreduce_gradients
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            began = time.perf_counter()
+            all_reduce(*args, **kwargs)
+            self._communicated += time.perf_counter() - began
+
+        self._engine.allreduce_gradients = timed
 
     def _configure_loss_scale(self) -> None:
         """Give the scaler the `fp16` block's settings; DeepSpeed makes it with torch's defaults."""

@@ -142,9 +142,9 @@ class Run:
                 self.samples += self.plan.batch.train
                 if self.saver is not None:
                     self.saver.poll()
-                waited = batches.take_waited()
+                waited, communicated = batches.take_waited(), self.engine.take_communicated()
                 for window in (recent, whole_epoch):
-                    window.add(sums, self.plan.batch.train, waited)
+                    window.add(sums, self.plan.batch.train, waited, communicated)
                 ended = self._epochs_ended(before)
                 last = self.step == self.plan.steps
                 # before every save as well: what has diverged must not be saved

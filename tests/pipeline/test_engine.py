@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,25 @@ def correct(world: World, path: Path, share: float | None) -> float:
 def test_a_mixed_image_is_correct_as_the_class_with_the_larger_share(tmp_path):
     plain, larger, smaller = (fork_ranks(correct, 1, tmp_path / str(share), share)[0] for share in (None, 0.6, 0.4))
     assert larger == plain and smaller != plain
+
+
+def late_rank(world: World, path: Path, late: float) -> tuple[float, float, float]:
+    """Updates to which rank 1 comes late: the seconds that they communicated for, and those that are left to take."""
+    resolved = make_plan(path / f"{world.rank}.json", world.size)
+    engine = Engine(network(batch_norm=False), resolved, world)
+    taken = []
+    for update in range(3):
+        if update == 2 and world.rank == 1:
+            time.sleep(late)
+        workers = range(world.rank * 2, world.rank * 2 + 2)
+        engine.update(iter([micro_batch(update, worker) for worker in workers]), update * resolved.batch.train)
+        if update:
+            taken.append(engine.take_communicated())
+    return taken[0], taken[1], engine.take_communicated()
+
+
+def test_waiting_for_another_ranks_gradients_is_communication_of_the_one_that_waits(tmp_path):
+    (_, waited, rest), (sent, after_sleep, _) = fork_ranks(late_rank, 2, tmp_path, 1.0)
+    assert 0.8 < waited < 30
+    assert 0 < after_sleep < waited / 2 and sent > 0
+    assert rest == 0  # each second is taken once
