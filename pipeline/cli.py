@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pipeline import doctor, inventory, launch, report
+    from pipeline import doctor, inventory, launch, report, scaling_page
     from pipeline.experiment import add_config_arguments
 
     parser = argparse.ArgumentParser(
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "--build-model", action="store_true", help="also build the model, for its decay groups and memory (slower)"
     )
     plan.add_argument("--json", action="store_true", help="the numbers and the resolved DeepSpeed JSON, for scripts")
+    scaling_page.add_arguments(plan)
 
     train = commands.add_parser("train", help="train, on this machine or on a hostfile's")
     launch.add_arguments(train)
@@ -101,9 +102,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from pipeline import config, launch, plan, resume
+    from pipeline import config, launch, plan, resume, scaling_page
     from pipeline.experiment import open_run, overrides_of
 
+    scaling = scaling_page.wanted(args)
     experiment = config.load(args.config, overrides_of(args))
     where, local_ranks = "", None
     if args.world_size is not None:
@@ -121,6 +123,8 @@ def _plan(args: argparse.Namespace) -> int:
         resolved, train, _ = open_run(experiment, world_size, local_ranks)
         classes = len(train.classes)
         goes_on = resume.outlook(resolved, lambda damage: print(f"onehour: WARNING   {damage}", file=sys.stderr))
+    if scaling:
+        return scaling_page.run(args, resolved, classes, local_ranks if args.hostfile else None)
     rows = None
     if args.build_model:
         from pipeline import model

@@ -219,6 +219,15 @@ class Engine:
         """The learning rate that the optimizer held at the last update, applied or withheld."""
         return self._lr_used
 
+    def take_communicated(self) -> float:
+        """Seconds since the last call that updates stood still for other ranks' gradients; NaN if not measured.
+
+        The device's work must have been waited for.
+        """
+        if self.world.size == 1:
+            return 0.0
+        return self._averager.take_waited() if self._averager is not None else float("nan")
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (n, 3, size, size) on any device → logits (n, classes), in the run's precision."""
         return self._engine(self._normalise(self._copy(images)))

@@ -3,14 +3,17 @@
 Every line has `event` and `time` (wall clock, ISO-8601 UTC with milliseconds). Shares are 0 … 1, accuracies are
 percent, durations are seconds, `samples` counts training images consumed since the run began, `epoch` is
 samples / train_samples. A number that was not finite is null. Of images that `recipe.mixing` mixed, the top1 of
-`train` and `epoch` is of the class with the larger share.
+`train` and `epoch` is of the class with the larger share. What the time of updates went into is of rank 0: `data_wait`
+stood still for images, `communication` for gradients of other ranks (not what goes on beside the backward pass; but
+waiting for a slower rank, of whatever it is slow), `compute` is the rest. Null where it was not measured.
 
     start       config overrides model train_samples val_samples epochs seed world_size train_batch_size micro_batch
                 logical_workers accumulation reference_lr reference_batch peak_lr steps_per_epoch steps order
                 decoder precision index_digest run device host plan versions resumed_from
     resume      samples path world_size saved_world_size: of the process that saved, or null
-    train       step samples epoch loss [top1] lr images_per_second data_wait skipped_steps step_seconds
-    epoch       epoch samples images loss [top1] seconds images_per_second data_wait
+    train       step samples epoch loss [top1] lr images_per_second compute communication data_wait skipped_steps
+                step_seconds
+    epoch       epoch samples images loss [top1] seconds images_per_second compute communication data_wait
     evaluation  epoch samples top1 top5 loss images seconds
     decode      samples split images, and those of tally.FIELDS that are not 0: what decoded the images of an epoch
                 or an evaluation, of all ranks, with those that only fill its last micro-batches

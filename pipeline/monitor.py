@@ -95,10 +95,10 @@ class Monitor:
 
         `loss` and `top1` (percent) are means over them, `skipped` counts withheld updates since this process began.
         """
-        rate, waiting = window.rates()
+        rate, shares = window.rate(), window.shares()
         epoch = self.plan.epoch(samples)
         remaining = float(self.plan.total_samples) - samples
-        figures = f"loss {loss:.3f}   lr {lr:.4g}   {rate:,.0f} img/s   data wait {100 * waiting:.1f} %"
+        figures = f"loss {loss:.3f}   lr {lr:.4g}   {rate:,.0f} img/s   data wait {100 * shares.data_wait:.1f} %"
         if skipped:
             figures += f"   {skipped} withheld"
         if rate:
@@ -120,7 +120,7 @@ class Monitor:
             top1=top1,
             lr=lr,
             images_per_second=rate,
-            data_wait=waiting,
+            **shares._asdict(),
             skipped_steps=skipped,
             step_seconds=window.seconds / max(1, window.steps),
         )
@@ -139,7 +139,6 @@ class Monitor:
 
     def epoch(self, *, epoch: int, samples: int, loss: float, top1: float, window: Window) -> str:
         """Record a finished epoch; returns the beginning of its line on the screen."""
-        rate, waiting = window.rates()
         self._metrics.write(
             "epoch",
             epoch=epoch,
@@ -148,8 +147,8 @@ class Monitor:
             loss=loss,
             top1=top1,
             seconds=window.seconds,
-            images_per_second=rate,
-            data_wait=waiting,
+            images_per_second=window.rate(),
+            **window.shares()._asdict(),
         )
         return f"epoch {epoch:>2}  train loss {loss:.3f}  top-1 {top1:.2f} %   {window.seconds:.1f} s"
 

@@ -195,6 +195,8 @@ class Run:
         now = time.perf_counter()
         recent.window.seconds = now - self._timed_until
         whole_epoch.seconds += recent.window.seconds
+        recent.window.communicated = self.engine.take_communicated()
+        whole_epoch.communicated += recent.window.communicated
         self._seconds_in_steps += recent.window.seconds
         self._timed_until = now
         skipped = self.engine.skipped_steps - self._skipped

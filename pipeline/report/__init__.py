@@ -5,6 +5,7 @@ them. The page needs no network and no script, and prints.
 
     rows       which runs belong together, and the statistics over seeds
     answers    question, answer and remarks, in sentences
+    scaling    what more ranks were worth
     table      the columns of the results, for the page, the terminal and scripts
     events     what failed, was skipped, resumed or warned, and when
     charts     what is drawn; `drawing` is how

@@ -13,6 +13,7 @@ from pipeline.report.answers import question, remarks
 from pipeline.report.charts import Picture, draw_charts
 from pipeline.report.events import event_log
 from pipeline.report.rows import LAST_EPOCHS, Row
+from pipeline.report.scaling import HEADINGS, SHARES, find_scalings
 from pipeline.report.table import columns
 from shards.errors import UserError
 
@@ -79,6 +80,8 @@ def _render(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
         seeds=any(len(row.counted) > 1 for row in rows),
         intervals=any(row.interval for row in rows),
         last=LAST_EPOCHS,
+        scalings=find_scalings([record for row in rows for record in row.runs.values()]),
+        scaling_headings=HEADINGS,
         pictures=pictures,
         runs=runs,
     )
@@ -96,6 +99,13 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
             facts.append((name, template.format_map(start)))
         except (KeyError, ValueError):  # a field is missing, or text where a number was
             continue
+    shares = [
+        f"{text.percent(share)} {name}"
+        for field, name in SHARES.items()
+        if (share := record.mean_over_time(field)) is not None
+    ]
+    if shares:
+        facts.append(("time of updates", ", ".join(shares)))
     if record.evaluations:
         last = record.evaluations[-1]
         parts = [f"top-1 {text.number(last['top1'])} %"]

@@ -130,7 +130,11 @@ class Row:
     @property
     def images_per_second(self) -> float | None:
         """Mean speed of a run."""
-        return self._mean(lambda record: record.mean_over_time("images_per_second"))
+        return self.mean_over_time("images_per_second")
+
+    def mean_over_time(self, field: str) -> float | None:
+        """Mean over the runs of a field's mean (`RunRecord.mean_over_time`)."""
+        return self._mean(lambda record: record.mean_over_time(field))
 
     def _mean(self, figure: Callable[[RunRecord], float | None]) -> float | None:
         values = [value for record in self.counted.values() if (value := figure(record)) is not None]

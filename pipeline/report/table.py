@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline.report import text
 from pipeline.report.answers import question, remarks
 from pipeline.report.rows import Row
+from pipeline.report.scaling import HEADINGS, SHARES, Scaling, find_scalings
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,25 @@ def print_table(rows: Sequence[Row], page: Path) -> None:
     for row in rows:
         for remark in remarks(row):
             console.print(Text(remark), soft_wrap=piped)
+    for scaling in _scalings(rows):
+        _print_scaling(console, scaling, gap)
     console.print()
     console.print(Text(str(page)), soft_wrap=True)
+
+
+def _scalings(rows: Sequence[Row]) -> list[Scaling]:
+    return find_scalings([record for row in rows for record in row.runs.values()])
+
+
+def _print_scaling(console: Console, scaling: Scaling, gap: int) -> None:
+    table = Table(box=None, padding=(0, 0, 0, gap), pad_edge=False, header_style="dim")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cells in scaling.cells():
+        table.add_row(*cells)
+    console.print()
+    console.print(Text(scaling.heading, style="bold"))
+    console.print(table)
 
 
 def as_json(rows: Sequence[Row], page: Path) -> str:
@@ -110,7 +128,9 @@ def as_json(rows: Sequence[Row], page: Path) -> str:
             "difference_95": row.interval,
             "seconds": row.seconds,
             "images_per_second": row.images_per_second,
+            **{field: row.mean_over_time(field) for field in SHARES},
         }
         for row in rows
     ]
-    return json.dumps({"report": str(page), "rows": table}, indent=2)
+    scalings = [scaling.as_json() for scaling in _scalings(rows)]
+    return json.dumps({"report": str(page), "rows": table, "scaling": scalings}, indent=2)

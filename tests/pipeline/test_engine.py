@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +358,24 @@ def compiled_and_not(world: World, path: Path) -> tuple[list[float], list[float]
 def test_a_compiled_step_is_the_same_training(tmp_path):
     [(eager, compiled)] = fork_ranks(compiled_and_not, 1, tmp_path, timeout=240)
     assert compiled == pytest.approx(eager, rel=1e-3) and compiled != eager
+
+
+def late_rank(world: World, path: Path, late: float) -> tuple[float, float, float]:
+    """Updates to which rank 1 comes late: the seconds that they communicated for, and those that are left to take."""
+    resolved = make_plan(path / f"{world.rank}.json", world.size)
+    engine = Engine(network(batch_norm=False), resolved, world)
+    taken = []
+    for update in range(3):
+        if update == 2 and world.rank == 1:
+            time.sleep(late)
+        engine.update(iter(physical_batches(update, world.rank, resolved.batch)), update * resolved.batch.train)
+        if update:
+            taken.append(engine.take_communicated())
+    return taken[0], taken[1], engine.take_communicated()
+
+
+def test_waiting_for_another_ranks_gradients_is_communication_of_the_one_that_waits(tmp_path):
+    (_, waited, rest), (sent, after_sleep, _) = fork_ranks(late_rank, 2, tmp_path, 1.0)
+    assert 0.8 < waited < 30
+    assert 0 < after_sleep < waited / 2 and sent > 0
+    assert rest == 0  # each second is taken once
