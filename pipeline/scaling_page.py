@@ -6,6 +6,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from pipeline import batch as batch_sizes
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, plan: Plan, classes: int, local_ranks: range |
     own = backward.trace(network, max(recipe.transform.sizes))
     step = Step(seconds, own.share * seconds)
     buckets = _buckets(args, own.gradients)
-    paper = backward.trace(model.create(Model(name="resnet50"), 1000, 0), 224).gradients
+    paper = _paper_gradients()
     other_fit = scaling_paper.best_straggler(paper, scaling_paper.LINE_RATE)
     found = Found(
         plan,
@@ -107,6 +108,13 @@ def run(args: argparse.Namespace, plan: Plan, classes: int, local_ranks: range |
     )
     print(as_json(found) if args.json else as_text(found))
     return 0
+
+
+@cache
+def _paper_gradients() -> tuple[Gradient, ...]:
+    from pipeline import backward, model
+
+    return backward.trace(model.create(Model(name="resnet50"), 1000, 0), 224).gradients
 
 
 def world_sizes(config: Config, up_to: int | None, ranks_per_host: int) -> list[Batch]:

@@ -135,16 +135,18 @@ def _rows(found: Found) -> list[tuple[str, str]]:
 
     size = sum(bucket.bytes for bucket in found.buckets) / 1e6
     sent = f"{len(found.buckets)} bucket{'s' * (len(found.buckets) != 1)}"
-    when = "each sent as soon as backward has made it" if found.overlap else "sent after backward"
+    when = "sent as soon as backward has made it" if found.overlap else "sent after backward"
+    each = "each " if len(found.buckets) > 1 else ""
     hosts = f"{cluster.ranks_per_host} rank{'s' * (cluster.ranks_per_host != 1)} per host{given('ranks_per_host')}"
     return [
         (plan.config.name, f"{plan.config.recipe.model.name} · {plan.batch.micro} images · {minibatch}"),
         (
             "step",
-            f"{step.seconds:.4g} s per micro-batch on one rank ({found.measured}), "
-            f"{_percent(step.backward / step.seconds, 0)} of it backward, by operations",
+            f"{step.seconds:.4g} s per micro-batch on one rank, {_percent(step.backward / step.seconds, 0)} of it "
+            "backward, by operations",
         ),
-        ("gradients", f"{size:.1f} MB in fp32 · {sent}, {when}"),
+        ("", f"from {found.measured}"),
+        ("gradients", f"{size:.1f} MB in fp32 · {sent}, {each}{when}"),
         (
             "links",
             f"{cluster.algorithm} at {cluster.link.bandwidth / GBIT:g} Gbit/s per host, "
@@ -159,7 +161,7 @@ def _predictions(found: Found) -> str:
     table = _table(
         *("ranks", "accumulation", "minibatch", "s/update", "images/s", "efficiency", "hidden", "exposed"),
         *(["straggler"] if found.cluster.straggler else []),
-        f"{found.plan.config.recipe.epochs:g} epochs, h:min",
+        f"{found.plan.config.recipe.epochs:g} epochs",
     )
     for prediction in found.predictions:
         batch = prediction.batch
@@ -256,5 +258,5 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _hours(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60:,}:{minutes % 60:02}"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60:,}:{minutes % 60:02}:{rest:02}"

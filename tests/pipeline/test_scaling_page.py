@@ -74,7 +74,9 @@ def test_the_numbers_are_the_models(rows):
 
 
 def test_overlap_hides_what_is_exposed_without_it(capsys, rows):
-    last = answer(capsys, *STEP, "--straggler-ms", "4", "--local-gbit", "80000")["predictions"][-1]
+    found = answer(capsys, *STEP, "--straggler-ms", "4", "--local-gbit", "80000")
+    last = found["predictions"][-1]
+    assert found["backward_seconds"] == pytest.approx(0.2 * 0.6634, rel=1e-3)
     assert last["communication_exposed"] < rows[256]["communication_exposed"] / 5
     assert last["communication_hidden"] > 0.5 * rows[256]["communication_exposed"]
 
@@ -99,6 +101,9 @@ def test_the_page_fits_a_screen_and_names_fit_and_assumptions(capsys):
     assert max(map(len, text.splitlines())) <= 120
     assert "fitted     bandwidth between servers 15 Gbit/s · straggler σ 9 ms" in text
     assert "no test of the model" in text
+    figures = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").split("```")
+    (table,) = (block.strip() for block in figures if block.strip().startswith("GPUs"))
+    assert table in text
     assert "halving-doubling at 40 Gbit/s per host, 50 µs (assumed)" in text
     assert "8 ranks per host (assumed), 80 Gbit/s (assumed)" in text
     assert re.search(r"^ +256 +1 +8,192 .* %", text, re.MULTILINE)
