@@ -20,6 +20,7 @@ from pipeline.dataset import open_split
 from pipeline.decode import make_decoder
 from pipeline.evaluate import Result, evaluate
 from pipeline.feed import Copier, Normalise
+from pipeline.float32 import allow_tf32
 from pipeline.loader import Loader, default_threads, evaluation_requests
 from pipeline.readers import evaluation_reader, reads_in_sequence
 from pipeline.schema import Transform
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     network = model.create(recipe.model, len(split.classes), recipe.seed, (recipe.transform.size,))
     checkpoint.load_weights(weights, network)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, and it is not fp32
+    allow_tf32(False)
     micro = recipe.evaluation.micro_batch_size or 64
     requests = evaluation_requests(len(split), micro, recipe.transform.size, 0, 1, contiguous=reads_in_sequence(split))
     with (

@@ -94,7 +94,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             "Enable one of them; leave all out for fp32.",
         )
     recipe = _validate(place, schema.Recipe, raw["recipe"], "recipe")
-    return Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=tuple(overrides), bases=files[:-1])
+    config = Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=tuple(overrides), bases=files[:-1])
+    deepspeed_keys.check_precision(place, config.precision, blocks.optimizer, tf32=recipe.step.tf32)
+    return config
 
 
 def _validate(place: str, model: type[Validated], values: Any, prefix: str) -> Validated:

@@ -44,8 +44,8 @@ DEEPSPEED_KEYS = frozenset(DeepSpeedBlocks.model_fields) | frozenset(REFUSED_KEY
 
 OPTIMIZER_PARAMS = {
     "SGD": "lr momentum dampening weight_decay nesterov maximize foreach differentiable fused",
-    "Adam": "lr betas eps weight_decay amsgrad torch_adam adam_w_mode foreach",
-    "AdamW": "lr betas eps weight_decay amsgrad torch_adam adam_w_mode foreach",
+    "Adam": "lr betas eps weight_decay amsgrad torch_adam adam_w_mode foreach fused",
+    "AdamW": "lr betas eps weight_decay amsgrad torch_adam adam_w_mode foreach fused",
 }
 """Parameters of the optimizers we know by heart; the parameters of others are checked when they are built."""
 
@@ -59,6 +59,13 @@ OTHER_OPTIMIZERS = frozenset(
     """.split()
 )
 """What DeepSpeed or torch has besides; whether their parameters fit is found when they are built."""
+
+FLOAT16_WITH_ZERO = (
+    "In float16 it does not train either: where a gradient overflows, ZeRO's stages 1 and 2 skip the update before the "
+    "loss scaler has seen it, so the scale stays, the next one overflows too, and none is applied any more. With "
+    "compute_grad_norm false each rank looks at its own part of the gradients alone, and the ranks' scales differ."
+)
+"""What DeepSpeed 0.19 does with torch_autocast in float16, which the `fp16` block becomes, beside ZeRO."""
 
 STEP_COUNTING_SCHEDULES = frozenset({"WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"})
 
@@ -144,8 +151,11 @@ def check_values(place: str, raw: dict[str, Any]) -> None:
     if stage != 0:
         raise UserError(
             f"{place}: zero_optimization.stage {stage} is not supported",
-            "ZeRO ties checkpoints to the number of ranks, so a run could not resume on another; a model of "
-            "ImageNet size gains nothing from it. Use stage 0, or leave the section out.",
+            *([FLOAT16_WITH_ZERO] if _asks_for_float16(raw) else []),
+            "ZeRO ties checkpoints to the number of ranks, so a run could not resume on another; its flat buffers rule "
+            "out channels_last, which convolutions are fastest in; and a model of ImageNet size (ResNet-50 has 25 M "
+            "parameters) gains nothing from it.",
+            "Use stage 0, or leave the section out.",
         )
     idle = sorted(set(zero) - set(ZeroBlock.model_fields)) if isinstance(zero, dict) else []
     if idle:
@@ -170,6 +180,41 @@ def check_values(place: str, raw: dict[str, Any]) -> None:
         raise UserError(
             f"{place}: managed_gradient_accumulation must stay true",
             "The trainer accumulates as many micro-batches as the batch sizes say.",
+        )
+
+
+def _asks_for_float16(raw: dict[str, Any]) -> bool:
+    """Whether a configuration whose types nobody has looked at enables a block that trains in float16."""
+    fp16, autocast = raw.get("fp16"), raw.get("torch_autocast")
+    in_autocast = isinstance(autocast, dict) and bool(autocast.get("enabled")) and autocast.get("dtype") == "float16"
+    return in_autocast or (isinstance(fp16, dict) and bool(fp16.get("enabled")))
+
+
+def check_precision(place: str, precision: str, optimizer: OptimizerBlock, *, tf32: bool) -> None:
+    """What else is asked for is possible in this precision, and has an effect.
+
+    Args:
+        place: what messages begin with: the file.
+        precision: `Config.precision`.
+        optimizer: the validated block.
+        tf32: recipe.step.tf32.
+
+    Raises:
+        UserError: TF32 where nothing computes in float32, or a fused optimizer that an overflow would change.
+    """
+    if tf32 and precision != "fp32":
+        raise UserError(
+            f"{place}: recipe.step.tf32 has no effect in {precision}",
+            f"Convolutions and matrix products, which it is for, compute in {precision} there; the rest stays in fp32.",
+            "Leave recipe.step.tf32 out, or the half precision block.",
+        )
+    params = optimizer.params
+    if precision == "float16" and optimizer.type == "SGD" and params.get("fused") and params.get("dampening"):
+        raise UserError(
+            f"{place}: optimizer.params.fused cannot be used with dampening in float16",
+            "Where the first update overflows, torch's fused SGD leaves its momentum uninitialised. So it begins at "
+            "zero here, and dampening would make the first update smaller than unfused SGD's.",
+            "Leave one of them out.",
         )
 
 
@@ -207,10 +252,14 @@ def check_optimizer(place: str, optimizer: OptimizerBlock) -> None:
             f"{place}: optimizer.params.lr must be a positive number, not {json.dumps(lr)}",
             "It is the rate at recipe.reference_batch; the linear scaling rule makes the rate used from it.",
         )
+    if params.get("fused") and params.get("foreach"):
+        raise UserError(
+            f"{place}: optimizer.params: fused and foreach are two implementations of one update", "Enable one of them."
+        )
     if name == "SGD":
         _check_sgd(f"{place}: optimizer.params", params)
     elif name in OPTIMIZER_PARAMS and params.get("torch_adam") is False:
-        for key in ("amsgrad", "foreach"):
+        for key in ("amsgrad", "foreach", "fused"):
             if params.get(key) is not None:
                 raise UserError(
                     f"{place}: optimizer.params.{key} is torch's, and DeepSpeed's own {name} does not take it",
@@ -240,8 +289,6 @@ def _check_sgd(where: str, params: dict[str, Any]) -> None:
         )
     if params.get("differentiable"):
         raise UserError(f"{where}.differentiable is for differentiating through an update", "Leave it out.")
-    if params.get("fused") and params.get("foreach"):
-        raise UserError(f"{where}: fused and foreach are two implementations of one update", "Enable one of them.")
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

@@ -35,10 +35,12 @@ from deepspeed.runtime import lr_schedules
 from pipeline import rendezvous
 from pipeline.batch_norm import LogicalWorkerStatistics, make_ghosts, without_ghost
 from pipeline.feed import Copier, Normalise
+from pipeline.float32 import allow_tf32
 from pipeline.loader import MicroBatch
 from pipeline.meeting import choose_interface, connect, meet
 from pipeline.mixing import KeyedMixup
 from pipeline.model import parameter_groups
+from pipeline.overflow import OverflowCounter, Overflows
 from pipeline.overlap import GradientAverager
 from pipeline.plan import Plan
 from pipeline.reader import raise_open_files
@@ -137,8 +139,13 @@ def leave(world: World) -> None:
     torch.distributed.destroy_process_group()
 
 
-def deepspeed_config(plan: Plan) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets: the user's JSON with the batch triangle and the precision resolved."""
+def deepspeed_config(plan: Plan, device: str = "cpu") -> dict[str, Any]:
+    """What `deepspeed.initialize` gets: the user's JSON with the batch triangle and the precision resolved.
+
+    Args:
+        plan: the resolved run.
+        device: "cuda" or "cpu"; on CUDA, SGD, Adam and AdamW are fused unless the JSON chooses an implementation.
+    """
     config = deepcopy(plan.config.raw)
     recipe = plan.config.recipe
     del config["recipe"]
@@ -150,6 +157,8 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
     config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     if config["optimizer"]["type"] in ("Adam", "AdamW"):
         config["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed's own is compiled at start-up
+    if device == "cuda":
+        _prefer_fused(config["optimizer"])
     config["scheduler"]["params"].update(
         lr=plan.config.lr,
         reference_batch=recipe.reference_batch,
@@ -159,6 +168,15 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
         scaling=recipe.scaling,
     )
     return config
+
+
+def _prefer_fused(optimizer: dict[str, Any]) -> None:
+    """One kernel for all weights, which skips by itself: an unfused optimizer has the scaler wait at each update."""
+    params = optimizer["params"]
+    torchs = optimizer["type"] == "SGD" or params.get("torch_adam")
+    # SGD's first update is not damped, and that of momentum which begins at zero would be
+    if torchs and "foreach" not in params and not params.get("dampening"):
+        params.setdefault("fused", True)
 
 
 class Engine:
@@ -174,12 +192,13 @@ class Engine:
         lr_schedules.GradualWarmupLR = GradualWarmupLR  # where DeepSpeed looks up "scheduler": {"type": …}
         self.plan = plan
         self.world = world
-        if plan.config.precision == "fp32":
-            torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions: ten bits of mantissa
+        allow_tf32(plan.config.recipe.step.tf32)
         self._stochastic = is_stochastic(model)
         try:
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
-                model=model.to(world.device), model_parameters=parameter_groups(model), config=deepspeed_config(plan)
+                model=model.to(world.device),
+                model_parameters=parameter_groups(model),
+                config=deepspeed_config(plan, world.device.type),
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{plan.config.path}: DeepSpeed refuses the configuration: {error}") from error
@@ -198,7 +217,7 @@ class Engine:
         if recipe.step.compile:
             self._compile(len(recipe.transform.sizes))
         self._mixup = KeyedMixup(recipe.mixing, self.model.num_classes, recipe.seed) if recipe.mixing else None
-        self._overflows = OverflowCounter(self.optimizer, world.device)
+        self._overflows = OverflowCounter(self.optimizer)
         self._lr_used = float("nan")
         self._configure_loss_scale()
         self._fill_fused_momentum()
@@ -212,7 +231,11 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Updates that were not applied because a gradient overflowed. Reading it waits for the device."""
-        return self._overflows.skipped
+        return self._overflows.withheld
+
+    def take_overflows(self) -> Overflows:
+        """The withheld updates, and the longest streak of them since the last call. Waits for the device."""
+        return self._overflows.take()
 
     @property
     def lr_used(self) -> float:
@@ -278,9 +301,9 @@ class Engine:
                         [loss.double() * count, correct.double(), torch.full_like(loss, count).double()]
                     )
                 self._backward(loss, last=index == sizes.passes - 1)
-                self._overflows.attempts += self._engine.is_gradient_accumulation_boundary()
                 self._lr_used = self.optimizer.param_groups[0]["lr"]
                 self._engine.step()
+        self._overflows.attempted()
         return sums, ids
 
     def evaluation_mode(self) -> None:
@@ -299,6 +322,7 @@ class Engine:
         """Continue from `state` at a position. Hyper-parameters stay those of the configuration."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self._fill_fused_momentum()  # what was saved may be older than the first update that was applied
         scaler = self._engine.torch_autocast_z0_gradscaler
         saved = state["loss_scaler"]
         if scaler is not None and saved and not self.plan.config.blocks.fp16.loss_scale:
@@ -361,35 +385,11 @@ class Engine:
 
     def _fill_fused_momentum(self) -> None:
         """Zero momentum that the fused kernel would otherwise leave uninitialised if the first step overflows."""
+        if self._engine.torch_autocast_z0_gradscaler is None:
+            return
         for group in self.optimizer.param_groups:
             if group.get("fused") and group.get("momentum"):
                 for parameter in group["params"]:
-                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-class OverflowCounter:
-    """Counts updates that the loss scaler withheld, without asking the device at every step.
-
-    An unfused optimizer is not called at all on overflow: attempts − calls. A fused one is always called and skips in
-    its kernel: the flag it is given is summed on the device.
-
-    Attributes:
-        attempts: updates tried, counted by the caller.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.attempts = 0
-        self._calls = 0
-        self._flags = torch.zeros((), device=device)
-        optimizer.register_step_pre_hook(self._called)
-
-    @property
-    def skipped(self) -> int:
-        """Updates withheld so far; waits for the device."""
-        return self.attempts - self._calls + int(self._flags.item())
-
-    def _called(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._calls += 1
-        found = getattr(optimizer, "found_inf", None)
-        if found is not None:
-            self._flags += found.reshape(())
+                    state = self.optimizer.state[parameter]
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -28,7 +28,8 @@ SCALING_PAGE = {
     "none": "not scaled",
 }
 PRECISION_PAGE = {
-    "fp32": "fp32 throughout",
+    "fp32": "fp32 throughout, without TF32",
+    "tf32": "fp32; convolutions and matrix products in TF32, ten bits of mantissa, on GPUs that have it",
     "float16": "autocast float16 + dynamic loss scale; weights, BN, loss and optimizer in fp32",
     "bfloat16": "autocast bfloat16; weights, BN, loss and optimizer in fp32",
 }
@@ -122,7 +123,7 @@ class Plan:
             ],
             "order": self.order.name,
             "decoder": self.rungs[0] if self.rungs else None,
-            "precision": self.config.precision,
+            "precision": self._precision,
             "index_digest": self.digest,
             "run": str(self.config.run_folder),
             "deepspeed": {**self._masked(), **self.batch.deepspeed()},
@@ -257,10 +258,14 @@ class Plan:
     def _never_reached(self) -> str:
         return f"never reached: the run ends at epoch {self.config.recipe.epochs:g}"
 
+    @property
+    def _precision(self) -> str:
+        return "tf32" if self.config.recipe.step.tf32 else self.config.precision
+
     def _precision_line(self) -> str:
         blocks = self.config.blocks
         block = "fp16" if blocks.fp16.enabled else "bf16" if blocks.bf16.enabled else None
-        text = PRECISION_PAGE[self.config.precision]
+        text = PRECISION_PAGE[self._precision]
         if blocks.fp16.enabled and blocks.fp16.loss_scale:
             text = text.replace("dynamic loss scale", f"loss scale {blocks.fp16.loss_scale:g}")
         return f"{block} block → {text} (why: docs/precision.md)" if block else text

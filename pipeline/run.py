@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from pipeline import checkpoint, model, report, resume
+from pipeline import checkpoint, divergence, model, report
 from pipeline.batch_norm import average_statistics
 from pipeline.decode import make_decoder
 from pipeline.engine import Engine, World
@@ -25,14 +25,7 @@ from pipeline.saver import Saver
 from pipeline.sums import StepSums, Window, over_ranks
 from pipeline.tally import Tally
 from pipeline.watch import Watch
-from shards.errors import UserError
 from shards.files import exclusive, write_whole
-
-MAX_WITHHELD_UPDATES = 50
-
-
-class DivergenceError(UserError):
-    """The training has come apart; every rank meets it at the same update."""
 
 
 class Run:
@@ -90,7 +83,6 @@ class Run:
         self._seconds_in_steps = 0.0
         self._timed_until = 0.0
         self._skipped = 0
-        self._withheld_in_a_row = 0
 
     def __enter__(self) -> Run:
         return self
@@ -199,8 +191,9 @@ class Run:
         whole_epoch.communicated += recent.window.communicated
         self._seconds_in_steps += recent.window.seconds
         self._timed_until = now
-        skipped = self.engine.skipped_steps - self._skipped
-        self._skipped += skipped
+        overflows = self.engine.take_overflows()  # the same on all ranks
+        skipped = overflows.withheld - self._skipped
+        self._skipped = overflows.withheld
         if self.monitor is not None:
             if skipped:
                 self.monitor.skips(step=self.step, skipped=skipped, loss_scale=self.engine.loss_scale)
@@ -213,26 +206,26 @@ class Run:
                 skipped=self._skipped,
                 window=recent.window,
             )
-        self._withheld_in_a_row = self._withheld_in_a_row + skipped if skipped == recent.window.steps else 0
-        if self._withheld_in_a_row >= MAX_WITHHELD_UPDATES:
-            raise self._divergence(
-                f"{self._withheld_in_a_row} updates in a row overflowed in float16 up to update {self.step:,}"
+        most = self.plan.config.recipe.watchdog.withheld_updates
+        if most and overflows.longest >= most:
+            scale = self.engine.loss_scale
+            assert scale is not None  # what withheld them
+            raise divergence.overflowed(
+                self.plan,
+                overflows.longest,
+                step=self.step,
+                samples=self.samples,
+                none_applied=overflows.withheld == self.step,
+                loss_scale=scale,
             )
         if self.plan.config.precision != "float16" and not math.isfinite(loss):
-            raise self._divergence(f"the loss is {loss} at update {self.step:,}")
+            raise divergence.not_finite(self.plan, f"the loss is {loss} at update {self.step:,}", self.samples)
 
     def _report_decoding(self, split: str, tally: Tally) -> None:
         """Record who decoded the images since the last report, over all ranks; every rank calls it."""
         total = Tally(over_ranks(tally.counts, self.world.device))
         if self.monitor is not None:
             self.monitor.decoding(samples=self.samples, split=split, tally=total)
-
-    def _divergence(self, what: str) -> DivergenceError:
-        return DivergenceError(
-            f"{what} (epoch {self.plan.epoch(self.samples):.2f})",
-            "The training has diverged. Lower optimizer.params.lr, or lengthen scheduler.params.warmup_epochs.",
-            f"The last checkpoint was saved before: {resume.checkpoints_folder(self.folder)}",
-        )
 
     def _end_epoch(self, sums: StepSums, before: int, ended: int | None) -> None:
         recipe = self.plan.config.recipe
@@ -285,7 +278,8 @@ class Run:
         # the loss of the last update was finite, but it was measured before its weights were changed
         broken = model.first_not_finite(self.engine.model)
         if broken is not None:
-            raise self._divergence(f"{broken} is not finite after update {self.step:,}")
+            what = f"{broken} is not finite after update {self.step:,}"
+            raise divergence.not_finite(self.plan, what, self.samples)
         if self.saver is not None:
             self.saver.save(self.engine.model, self.engine.state(), samples=self.samples, step=self.step)
 

@@ -226,6 +226,9 @@ class Step(Section):
         "auto: 1, or what makes 256 images if the model is compiled",
     )
     overlap: bool = Field(True, description="average gradients over the ranks while others are still computed")
+    tf32: bool = Field(
+        False, description="float32 convolutions and matrix products with ten bits of mantissa, on GPUs that have it"
+    )
 
     @field_validator("ghost_batches")
     @classmethod
@@ -240,6 +243,9 @@ class Watchdog(Section):
 
     silent_seconds: float = Field(30, ge=0, description="without a sign of life from a rank")
     stuck_seconds: float = Field(600, ge=0, description="in which no rank gets any further, whatever it waits for")
+    withheld_updates: int = Field(
+        50, ge=0, description="float16 updates in a row that overflowed, after which the run is stopped; 0 is never"
+    )
 
 
 class Recipe(Section):

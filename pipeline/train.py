@@ -25,13 +25,14 @@ import torch
 import torch.distributed as dist
 
 from pipeline import engine
+from pipeline.divergence import DivergenceError
 from pipeline.engine import World
 from pipeline.experiment import add_config_arguments, overrides_of
 from pipeline.fault import FAILED, FINISHED, MISTAKE, STOPPED
 from pipeline.loader import default_threads
 from pipeline.meeting import RankError
 from pipeline.prepared import FACT_MENDS, Prepared, prepare
-from pipeline.run import DivergenceError, Run
+from pipeline.run import Run
 from pipeline.stop import Stop
 from pipeline.together import prepare_together
 from shards.errors import UserError

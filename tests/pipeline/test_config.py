@@ -361,6 +361,8 @@ def test_missing_key_is_named(tmp_path, path, expected):
         ("disable_python_gc", 0, "0"),
         ("zero_optimization", None, "null"),
         ("recipe.model.args", {"num_classes": "x"}, '"x"'),
+        ("recipe.step", {"tf32": 1}, "1"),
+        ("recipe.watchdog", {"withheld_updates": -1}, "-1"),
         ("recipe.model.args", {"num_classes": True}, "true"),
     ],
 )
@@ -392,6 +394,15 @@ def test_wrong_type_or_range_names_the_path_and_the_value(tmp_path, path, value,
         ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage 3"]),
         ({"zero_optimization": {"stage": "1"}}, ["zero_optimization.stage"]),
         ({"zero_optimization": True}, ["zero_optimization"]),
+        ({"zero_optimization": {"stage": 1}}, ["25 M", "channels_last", "In float16", "none is applied any more"]),
+        (
+            {
+                "zero_optimization": {"stage": 2},
+                "fp16": ABSENT,
+                "torch_autocast": {"enabled": True, "dtype": "float16"},
+            },
+            ["zero_optimization.stage 2", "In float16", "scales differ", "Use stage 0"],
+        ),
         ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op 'sum'", 'write "mean"']),
         ({"steps_per_print": 0}, ["steps_per_print 0", "divide by zero", "Leave it out."]),
         ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation must stay true"]),
@@ -412,6 +423,23 @@ def test_wrong_type_or_range_names_the_path_and_the_value(tmp_path, path, value,
         ({"optimizer.params.dampening": 0.1}, ["nesterov needs", "no dampening"]),
         ({"optimizer.params.differentiable": True}, ["optimizer.params.differentiable", "Leave it out"]),
         ({"optimizer.params": {"lr": 1, "fused": True, "foreach": True}}, ["fused and foreach", "one of them"]),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1, "fused": True, "foreach": True}}},
+            ["fused and foreach", "one of them"],
+        ),
+        (
+            {"optimizer": {"type": "Adam", "params": {"lr": 1, "torch_adam": False, "fused": True}}},
+            ["optimizer.params.fused is torch's", "torch_adam"],
+        ),
+        (
+            {"optimizer.params": {"lr": 1, "momentum": 0.9, "dampening": 0.1, "fused": True}},
+            ["optimizer.params.fused", "dampening in float16", "uninitialised", "Leave one of them out"],
+        ),
+        ({"recipe.step": {"tf32": True}}, ["recipe.step.tf32 has no effect in float16", "Leave recipe.step.tf32 out"]),
+        (
+            {"recipe.step": {"tf32": True}, "fp16": ABSENT, "bf16": {"enabled": True}},
+            ["recipe.step.tf32 has no effect in bfloat16"],
+        ),
         ({"optimizer": {"type": "LBFGS", "params": {"lr": 1}}}, ["LBFGS cannot be used", "several times per update"]),
         ({"optimizer": {"type": "Adam", "params": {"lr": 1, "betas": [0.9, 1.0]}}}, ["betas must be two numbers"]),
         ({"optimizer": {"type": "Adam", "params": {"lr": 1, "betas": 0.9}}}, ["betas must be two numbers", "0.9"]),
@@ -438,6 +466,36 @@ def test_wrong_type_or_range_names_the_path_and_the_value(tmp_path, path, value,
 )
 def test_setting_that_would_train_something_else_is_refused_with_the_reason(tmp_path, changes, expected):
     assert_refused(tmp_path, changes, *expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fp16": ABSENT, "bf16": {"enabled": True}},
+        {"fp16": ABSENT, "torch_autocast": {"enabled": True}},
+        {"fp16": {"enabled": False}, "torch_autocast": {"dtype": "float16"}},
+        {"fp16": ABSENT},
+    ],
+)
+def test_zero_is_not_said_to_fail_in_float16_where_that_is_not_asked_for(tmp_path, changes):
+    message = refusal(write(tmp_path, changed({"zero_optimization": {"stage": 1}, **changes})))
+    assert "float16" not in message and "Use stage 0" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe.step": {"tf32": True}, "fp16": ABSENT},
+        {"recipe.step": {"tf32": False}},
+        {"optimizer.params": {"lr": 1, "momentum": 0.9, "dampening": 0.1, "fused": True}, "fp16": ABSENT},
+        {"optimizer.params": {"lr": 1, "momentum": 0.9, "dampening": 0.1}},
+        {"optimizer.params": {"lr": 1, "momentum": 0.9, "fused": True}},
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1, "fused": True}}},
+        {"recipe.watchdog": {"withheld_updates": 0}},
+    ],
+)
+def test_what_a_precision_allows_loads(tmp_path, changes):
+    config.load(write(tmp_path, changed(changes)))
 
 
 def test_harmless_settings_of_the_refused_kind_load(tmp_path):

@@ -125,6 +125,27 @@ def test_json_holds_the_resolved_deepspeed_configuration(capsys, tmp_path):
     assert again["lr_updates"] == numbers["lr_updates"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "said", "recorded"),
+    [
+        ([], "fp16 block → autocast float16 + dynamic loss scale", "float16"),
+        (["fp16.loss_scale=128"], "fp16 block → autocast float16 + loss scale 128", "float16"),
+        (["fp16.enabled=false"], "precision  fp32 throughout, without TF32", "fp32"),
+        (
+            ["fp16.enabled=false", "recipe.step.tf32=true"],
+            "in TF32, ten bits of mantissa, on GPUs that have it",
+            "tf32",
+        ),
+        (["fp16.enabled=false", "bf16.enabled=true"], "bf16 block → autocast bfloat16", "bfloat16"),
+    ],
+)
+def test_the_page_says_which_precision_is_in_force(capsys, settings, said, recorded):
+    arguments = [str(CONFIG_8K), "--world-size", "8", *IMAGENET]
+    arguments += [argument for setting in settings for argument in ("--set", setting)]
+    assert said in page(capsys, *arguments)
+    assert summary(capsys, *arguments)["precision"] == recorded
+
+
 def test_epochs_that_do_not_fill_the_last_update():
     loaded = config.load(CONFIG_8K)
     resolved = plan.resolve(loaded, 1, samples=1_281_167)
