@@ -18,6 +18,7 @@ from pipeline.metrics import read_metrics
 from pipeline.order import Order
 from pipeline.samples import audit, read_samples
 from pipeline.schedule import Schedule
+from shards.index import load_split
 from tests.conftest import TINY_CLASSES, TINY_TRAIN, TINY_VAL
 
 TRAIN, VAL = TINY_TRAIN * len(TINY_CLASSES), TINY_VAL * len(TINY_CLASSES)
@@ -63,6 +64,21 @@ def assert_close(run: Path, other: Path, tolerance: float) -> None:
     for name, tensor in ours.items():
         difference = (tensor - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-3)
         assert difference < tolerance, f"{name} differs by {difference:.1e}"
+
+
+def damage_an_image(shards: Path) -> tuple[str, str]:
+    """Overwrite the first training image inside its tar, sizes unchanged: only decoding can notice.
+
+    Returns:
+        The shard's name and the sample's key.
+    """
+    split = load_split(shards, "train")
+    tar, record = split.shards[0].path, split.samples[0]
+    tar.chmod(0o644)
+    with tar.open("r+b") as file:
+        file.seek(int(record["offset"]))
+        file.write(b"not an image, not at all")
+    return tar.name, split.key(0)
 
 
 def assert_the_run_is_exact(run: Path, path: Path, samples: int = TRAIN) -> None:
