@@ -78,7 +78,7 @@ class Results:
 
     def failed(self) -> list[str]:
         """The sections of which something failed."""
-        return sorted({record["section"] for record in self.records if "failed" in record})
+        return sorted({record["section"] for record in self.records if "failed" in record or record.get("without")})
 
 
 class Runner:

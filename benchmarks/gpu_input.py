@@ -27,7 +27,7 @@ SYNTHETIC = 256
 USUAL_SIDES, USUAL_BYTES = (500, 375), 110_000
 """Pixels, and bytes on average, of ImageNet's images (docs/loader.md)."""
 
-QUALITIES = range(50, 100, 5)
+QUALITIES = range(50, 96)
 TURNS = 2
 CATCHING_UP = 4
 """Updates, beyond those whose batches are loaded ahead, before the engine's rate on the loader's batches is taken."""
@@ -46,7 +46,7 @@ def photograph(number: int, sides: tuple[int, int]) -> Image.Image:
         shape = (height // wavelength + 1, width // wavelength + 1, 3)
         octave = generator.normal(128, 24, shape).clip(0, 255).astype(np.uint8)
         resized = Image.fromarray(octave).resize(sides, Image.Resampling.BICUBIC)
-        pixels += (np.asarray(resized, np.float32) - 128) * min(1.0, wavelength / 8)
+        pixels += (np.asarray(resized, np.float32) - 128) * min(1.0, wavelength / 4)
         wavelength *= 2
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from gpu_points import Say, Settings
+from gpu_points import Say, Settings, brief
 
 
 def section(name: str) -> Callable[[Settings, Say, dict[str, Any]], None]:
@@ -53,7 +53,7 @@ def main() -> None:
         section(name)(settings, say, what)
     except BaseException as error:
         traceback.print_exc()
-        say(failed=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        say(failed=brief(error))
         code = 1
     sys.stderr.flush()
     # threads of loaders, watches and compilers must not hold up the next section

@@ -14,6 +14,7 @@ from typing import Any
 Say = Callable[..., None]
 """Prints a result, given as keyword arguments, as a line of JSON."""
 
+
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
 """By importance: what comes last is what a machine that is too slow does not reach."""
 
@@ -164,3 +165,8 @@ NEEDS = {"compiled": ("compile",), "end-to-end": ("data", "compile")}
 BARE, ENGINE, TIMM = "bare loop", "engine", "timm"
 FOREACH, FLAT_COPIES, TIMER = "engine, foreach optimizer", "engine, overlap off", "engine, throughput timer on"
 """Contenders: the step without an engine, ours, and timm's; and the engine with one thing changed."""
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -105,11 +105,14 @@ def gates(records: Sequence[Record], settings: Settings) -> list[Gate]:
         if required.name == TO_ENGINE:
             wanted, values = settings.fed, loaded
         elif required.name == BEST:
-            wanted, values = points, {point: rates(record, ENGINE) for point, record in steps.items()}
+            wanted = points
+            values = {point: rates(record, ENGINE) for point, record in steps.items() if has(record, ENGINE)}
         else:
             other = BARE if required.name == TO_BARE else TIMM
             wanted = [point for point in points if concerns(required.name, point, settings)]
-            values = {point: ratios(record, ENGINE, other) for point, record in steps.items()}
+            values = {
+                point: ratios(record, ENGINE, other) for point, record in steps.items() if has(record, ENGINE, other)
+            }
         there = {point: values[point] for point in wanted if point in values}
         found.append(Gate(required, there, [point for point in wanted if point not in there]))
     return found
@@ -129,6 +132,11 @@ def step_records(records: Iterable[Record]) -> dict[Point, Record]:
         for record in records
         if record["section"] in ("eager", "compiled") and "rounds" in record
     }
+
+
+def has(record: Record, *contenders: str) -> bool:
+    """Whether all of these were timed at a point."""
+    return all(name in each for each in record["rounds"] for name in contenders)
 
 
 def rates(record: Record, contender: str) -> list[float]:
@@ -299,18 +307,21 @@ def _compile(found: Table, records: list[Record], settings: Settings) -> None:
 def _steps(found: Table, records: list[Record], settings: Settings) -> None:
     """A point's contenders, each with its ratio to the first; the engine's to timm's beside timm."""
     for point, record in step_records(records).items():
-        memory = record["peak_gigabytes"]
-        found.add_row(f"  {point}", "", "", "", f"at most {memory:.1f} GB of memory" if memory else "")
-        for name in record["rounds"][0]:
-            if name == TIMM:
-                text = f"engine / timm {_ratio(ratios(record, ENGINE, TIMM))}"
-            elif name == BARE:
-                text = ""
-            elif name == ENGINE:
-                text = f"engine / bare loop {_ratio(ratios(record, ENGINE, BARE))}"
-            else:
-                text = f"/ engine {_ratio(ratios(record, name, ENGINE))}"
-            found.add_row(f"    {name}", *_figures(rates(record, name)), text)
+        about = []
+        if point.compiled:
+            firsts = (f"{name} {seconds:.1f} s" for name, seconds in record["first"].items())
+            about.append(f"first update: {', '.join(firsts)}")
+        if record["peak_gigabytes"]:
+            about.append(f"at most {record['peak_gigabytes']:.1f} GB")
+        found.add_row(f"  {point}", "", "", "", "; ".join(about))
+        for name in record["first"]:
+            if name in record["without"]:
+                continue
+            top, below = {BARE: ("", ""), ENGINE: (ENGINE, BARE), TIMM: (ENGINE, TIMM)}.get(name, (name, ENGINE))
+            text = f"{top} / {below} {_ratio(ratios(record, top, below))}" if top and has(record, top, below) else ""
+            found.add_row(f"    {name}", *_figures(rates(record, name)), text.removeprefix(name).strip())
+        for name, why in record["without"].items():
+            found.add_row(f"    {name}", "–", "", "", escape(f"FAILED {why}"))
 
 
 def _ratio(values: Sequence[float]) -> str:

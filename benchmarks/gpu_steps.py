@@ -16,6 +16,7 @@ import gc
 import itertools
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from gpu_points import BARE, ENGINE, FLAT_COPIES, FOREACH, TIMER, TIMM, Point, Say, Settings
+from gpu_points import BARE, ENGINE, FLAT_COPIES, FOREACH, TIMER, TIMM, Point, Say, Settings, brief
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 from torch import nn
@@ -270,21 +271,27 @@ def in_turns(contenders: dict[str, Contender], rounds: int, seconds: float) -> l
 
 
 def measure(point: Point, settings: Settings, contenders: dict[str, Callable[[], Contender]]) -> dict[str, Any]:
-    """Build, warm up and time the contenders at a point."""
+    """Build, warm up and time the contenders at a point; one that fails is left out, and the others go on."""
     on_cuda = world().device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    first, built = {}, {}
+    first, built, without = {}, {}, {}
     for name, make in contenders.items():
-        built[name] = make()
-        allow_tf32(point.dtype == "tf32")  # making an engine sets it
-        first[name] = timed(built[name], 1)
-        timed(built[name], settings.warm_up)
+        try:
+            contender = make()
+            allow_tf32(point.dtype == "tf32")  # making an engine sets it
+            first[name] = timed(contender, 1)
+            timed(contender, settings.warm_up)
+            built[name] = contender
+        except Exception as error:
+            traceback.print_exc()
+            without[name] = brief(error)
     measured = in_turns(built, settings.rounds, settings.block_seconds)
     return {
         "point": vars(point),
         "rounds": measured,
         "first": first,
+        "without": without,
         "peak_gigabytes": torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None,
     }
 
@@ -324,7 +331,8 @@ def _measure_all(points: Sequence[Point], settings: Settings, say: Say) -> None:
         try:
             say(**measure(point, settings, contenders_at(point, settings)))
         except Exception as error:  # the other points may do
-            say(point=vars(point), failed=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            traceback.print_exc()
+            say(point=vars(point), failed=brief(error))
         forget()
 
 
