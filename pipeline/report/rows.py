@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import RESOLVED_FILE
+from pipeline.identity import changes_training, leaves
 from pipeline.metrics import Event
 from pipeline.record import MedianError, RunRecord
 from shards.errors import UserError
@@ -36,21 +38,6 @@ _IDENTITY = (
     "precision",
 )
 """Fields of `start` that the runs of a row share. The world size is not one: it does not change the training."""
-
-_NOT_TRAINING = (
-    "recipe.seed",
-    "recipe.run",
-    "recipe.loader",
-    "recipe.logging",
-    "recipe.checkpoint",
-    "gradient_accumulation_steps",
-    "steps_per_print",
-    "tensorboard",
-    "csv_monitor",
-    "wandb",
-    "comet",
-)
-"""Paths of a configuration that leave the training the same but for its seed."""
 
 # Two-sided 95 % quantiles of Student's t for 1 … 30 degrees of freedom; SciPy is not a dependency.
 _T95 = (
@@ -208,25 +195,12 @@ def _identity(record: RunRecord) -> str:
     """Equal for two runs exactly when they are seeds of one configuration."""
     facts = [record.start.get(key) for key in _IDENTITY]
     try:
-        resolved = json.loads((record.folder / "config.resolved.json").read_text("utf-8"))
+        resolved = json.loads((record.folder / RESOLVED_FILE).read_text("utf-8"))
     except (OSError, ValueError):  # a run copied without it: what was typed decides
         return json.dumps([facts, str(record.start.get("config")), _own_overrides(record)])
-    return json.dumps([facts, sorted((p, json.dumps(v)) for p, v in _flat(resolved) if _changes_training(p))])
+    return json.dumps([facts, sorted((p, json.dumps(v)) for p, v in leaves(resolved) if changes_training(p))])
 
 
 def _own_overrides(record: RunRecord) -> list[str]:
     overrides = map(str, record.start.get("overrides") or ())
-    return sorted(o for o in overrides if _changes_training(o.split("=", 1)[0].strip()))
-
-
-def _changes_training(path: str) -> bool:
-    return not any(path == other or path.startswith(other + ".") for other in _NOT_TRAINING)
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested objects with their dotted paths."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
+    return sorted(o for o in overrides if changes_training(o.split("=", 1)[0].strip()))
