@@ -155,10 +155,14 @@ def resolve_all(sweep: Sweep, runs: Sequence[SweepRun], machine: Machine, args: 
             if run.arm.name not in arms:
                 arms.append(run.arm.name)
     if mistakes:
-        said = [f"{', '.join(arms)}: {mistake}" for mistake, arms in mistakes.items()]
+        number = len({run.arm.name for run in runs})
         wrong = {name for arms in mistakes.values() for name in arms}
+        said = [
+            f"{'all arms' if 1 < number == len(arms) else ', '.join(arms)}: {mistake}"
+            for mistake, arms in mistakes.items()
+        ]
         raise UserError(
-            f"{sweep.path}: {len(wrong)} of {len({run.arm.name for run in runs})} arms cannot be trained as they are",
+            f"{sweep.path}: {len(wrong)} of {number} arm{'s' * (number != 1)} cannot be trained as they are",
             *(line for mistake in said for line in mistake.splitlines()),
         )
     return resolved
@@ -203,6 +207,8 @@ class _Check:
 
 
 def _make(folder: Path) -> None:
+    if (folder / FILE_NAME).exists():
+        raise UserError(f"{folder}: there is a run in it, and the runs of a sweep need one of their own", "--out DIR")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -51,6 +51,7 @@ class Published(Section):
     error: float = Field(ge=0, le=100)
     std: float | None = Field(None, ge=0)
     source: str = ""
+    minibatch: int | None = Field(None, gt=0, description="of the published runs, where it is not the arm's")
 
 
 class Arm(Section):

@@ -46,16 +46,37 @@ _T95 = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class PaperResult:
+    """What was published of a row.
+
+    Attributes:
+        error: mean top-1 error, percent.
+        std: its standard deviation over runs; None where it was not published.
+        source: where it stands.
+        task: what it was measured on, where that is not what the row's runs train; else empty.
+        difference: from the baseline's published error, in points; None for the baseline, or where it has none.
+    """
+
+    error: float
+    std: float | None = None
+    source: str = ""
+    task: str = ""
+    difference: float | None = None
+
+
 @dataclass
 class Row:
     """One configuration: a line of the table and a curve in every chart. Errors are top-1, in percent.
 
     Attributes:
         label: what the row is called.
-        runs: its runs by name.
+        runs: its runs by name; a row of a sweep may not have any yet.
         baseline: whether the others are compared with this one.
         difference: mean error minus the baseline's, in points; None for the baseline, and while either is unfinished.
         interval: the difference's 95 % interval (Welch); None unless both rows have at least two runs.
+        paper: what was published of it, if anything.
+        notes: what else to know before trusting it, in sentences.
     """
 
     label: str
@@ -63,11 +84,13 @@ class Row:
     baseline: bool = False
     difference: float | None = None
     interval: tuple[float, float] | None = None
+    paper: PaperResult | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def start(self) -> Event:
-        """The facts that the runs of a row share."""
-        return next(iter(self.runs.values())).start
+        """The facts that the runs of a row share; empty without any."""
+        return next((record.start for record in self.runs.values()), {})
 
     @cached_property
     def counted(self) -> dict[str, RunRecord]:
@@ -76,8 +99,20 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        """Whether the figures are over finished runs."""
-        return all(record.finished for record in self.counted.values())
+        """Whether there are figures, and over finished runs."""
+        return bool(self.runs) and all(record.finished for record in self.counted.values())
+
+    @property
+    def state(self) -> str:
+        """What is to be said beside the label; empty where the figures are over finished runs."""
+        return "" if self.finished else "unfinished" if self.runs else "not trained"
+
+    @property
+    def paper_gap(self) -> float | None:
+        """Mean error minus the published one, in points; None while unfinished, or where it is of something else."""
+        if self.error is None or not self.finished or self.paper is None or self.paper.task:
+            return None
+        return self.error - self.paper.error
 
     @property
     def seeds(self) -> list[Any]:
@@ -152,11 +187,11 @@ def compare(records: Sequence[RunRecord], reference: Path | str | None = None) -
         rows.insert(0, rows.pop(holds.index(True)))
     rows[0].baseline = True
     for row in rows[1:]:
-        _measure_difference(row, rows[0])
+        measure_difference(row, rows[0])
     return rows
 
 
-def _measure_difference(row: Row, baseline: Row) -> None:
+def measure_difference(row: Row, baseline: Row) -> None:
     """Set the row's difference from the baseline and, with seeds on both sides, Welch's interval of it."""
     if row.error is None or baseline.error is None or not (row.finished and baseline.finished):
         return
