@@ -31,10 +31,10 @@ from shards.fetch import mask
 def run(args: argparse.Namespace) -> int:
     """Evaluate what `args.weights` names, in fp32 whatever it was trained in, and print the result."""
     weights, run_folder = _find(args.weights)
-    config_path = args.config or (run_folder / checkpoint.RESOLVED_FILE if run_folder else None)
+    config_path = args.config or (run_folder / config.RESOLVED_FILE if run_folder else None)
     if config_path is None or not (args.config or config_path.exists()):
         raise UserError(
-            f"{args.weights}: there is no {checkpoint.RESOLVED_FILE} beside the weights",
+            f"{args.weights}: there is no {config.RESOLVED_FILE} beside the weights",
             "Say how they were trained: --config ds_configs/X.json",
         )
     overrides = [f"recipe.data={json.dumps(args.data)}", "recipe.stream=null"] if args.data else []
@@ -84,7 +84,7 @@ def _find(path: Path) -> tuple[Path, Path | None]:
     """The weights file that `path` means, and the run folder it belongs to, if it does."""
     if path.is_file():
         candidates = [path.parent, path.parent.parent.parent]
-        return path, next((folder for folder in candidates if (folder / checkpoint.RESOLVED_FILE).exists()), None)
+        return path, next((folder for folder in candidates if (folder / config.RESOLVED_FILE).exists()), None)
     if (path / resume.STATE_FILE).exists():
         saves.verify(path)
         return path / checkpoint.WEIGHTS_FILE, path.parent.parent

@@ -32,9 +32,6 @@ from pipeline.saves import OPTIMIZER_FILE, WEIGHTS_FILE
 from shards.errors import UserError
 from shards.files import sync_folder, write_whole
 
-RESOLVED_FILE = "config.resolved.json"
-"""In the run folder: the configuration with every default, which `config.load` accepts again."""
-
 
 def save(
     plan: Plan,

@@ -1,4 +1,4 @@
-"""The `onehour` command: plan, train, evaluate, report, audit, checkpoints, doctor."""
+"""The `onehour` command: plan, train, launch, sweep, evaluate, report, audit, checkpoints, doctor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 1 not done, 2 a mistake of the user's."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "launch"):
+    if rest and args.command not in ("train", "launch", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         # imported here, so that `plan` starts without what the others need
@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipeline import launch
 
             return launch.run(args, rest)
+        if args.command == "sweep":
+            from pipeline import sweep
+
+            return sweep.run(args, rest)
         if args.command == "evaluate":
             from pipeline import assess
 
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pipeline import doctor, inventory, launch, report, scaling_page
+    from pipeline import doctor, inventory, launch, report, scaling_page, sweep
     from pipeline.experiment import add_config_arguments
 
     parser = argparse.ArgumentParser(
@@ -78,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     supervised = commands.add_parser("launch", help="train on a hostfile's hosts, and go on without one that fails")
     launch.add_arguments(supervised)
     launch.add_supervisor_arguments(supervised)
+
+    sweep_parser = commands.add_parser("sweep", help="train the runs of a table or a figure, those that are missing")
+    sweep.add_arguments(sweep_parser)
 
     evaluate = commands.add_parser("evaluate", help="measure weights or a checkpoint on the whole split, in fp32")
     evaluate.add_argument("weights", type=Path, help="a .safetensors file, a checkpoint folder, or a run folder")

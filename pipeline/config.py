@@ -19,6 +19,9 @@ from pipeline.deepspeed_keys import did_you_mean
 from pipeline.deepspeed_schema import DeepSpeedBlocks
 from shards.errors import UserError
 
+RESOLVED_FILE = "config.resolved.json"
+"""In the run folder: the configuration with every default, which `load` accepts again."""
+
 Validated = TypeVar("Validated", bound=BaseModel)
 
 
@@ -86,20 +89,31 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     place = str(path)
     deepspeed_keys.check_top_level(place, raw)
     deepspeed_keys.check_values(place, raw)
-    blocks = _validate(place, DeepSpeedBlocks, {k: v for k, v in raw.items() if k != "recipe"}, "")
+    blocks = validate(place, DeepSpeedBlocks, {k: v for k, v in raw.items() if k != "recipe"}, "")
     deepspeed_keys.check_optimizer(place, blocks.optimizer)
     if sum((blocks.fp16.enabled, blocks.bf16.enabled, blocks.torch_autocast.enabled)) > 1:
         raise UserError(
             f"{place}: more than one of fp16, bf16 and torch_autocast is enabled",
             "Enable one of them; leave all out for fp32.",
         )
-    recipe = _validate(place, schema.Recipe, raw["recipe"], "recipe")
+    recipe = validate(place, schema.Recipe, raw["recipe"], "recipe")
     config = Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=tuple(overrides), bases=files[:-1])
     deepspeed_keys.check_precision(place, config.precision, blocks.optimizer, tf32=recipe.step.tf32)
     return config
 
 
-def _validate(place: str, model: type[Validated], values: Any, prefix: str) -> Validated:
+def validate(place: str, model: type[Validated], values: Any, prefix: str = "") -> Validated:
+    """Values as a section.
+
+    Args:
+        place: what messages begin with: the file.
+        model: the section's type.
+        values: as read from the file.
+        prefix: the section's path in the file.
+
+    Raises:
+        UserError: every value that is not as the section has it, with its path.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as failure:

@@ -56,13 +56,26 @@ def open_run(config: Config, world_size: int, local_ranks: range | None = None) 
         UserError: shards missing, empty or not matching their index; batch sizes that do not divide; a cache that
             is too small for the order.
     """
-    train = open_split(config.recipe, "train")
-    validation = open_split(config.recipe, config.recipe.evaluation.split)
+    splits = open_splits(config)
+    return plan_run(config, world_size, splits, local_ranks), *splits
+
+
+def open_splits(config: Config) -> tuple[AnySplit, AnySplit]:
+    """The training and the validation split. Raises UserError: they are missing, or not as their index says."""
+    recipe = config.recipe
+    return open_split(recipe, "train"), open_split(recipe, recipe.evaluation.split)
+
+
+def plan_run(
+    config: Config, world_size: int, splits: tuple[AnySplit, AnySplit], local_ranks: range | None = None
+) -> Plan:
+    """Resolve the plan for splits that are open; arguments and errors are `open_run`'s."""
+    train, validation = splits
     plan = plans.resolve(config, world_size, train=train, validation=validation)
     ranks = local_ranks or range(1)  # a host runs one at least
     workers = range(ranks.start * plan.batch.accumulation, ranks.stop * plan.batch.accumulation)
     check_capacity(config, plan.order, train, validation, workers, len(ranks))
-    return plan, train, validation
+    return plan
 
 
 def check_monitors(config: Config) -> None:

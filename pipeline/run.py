@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from pipeline import checkpoint, divergence, model, report
+from pipeline import checkpoint, config, divergence, model, report
 from pipeline.batch_norm import average_statistics
 from pipeline.decode import make_decoder
 from pipeline.engine import Engine, World
@@ -68,7 +68,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open.enter_context(exclusive(self.folder, "training"))
             resolved = {**plan.config.resolved(), **plan.batch.deepspeed()}
-            write_whole(self.folder / checkpoint.RESOLVED_FILE, (json.dumps(resolved, indent=2) + "\n").encode())
+            write_whole(self.folder / config.RESOLVED_FILE, (json.dumps(resolved, indent=2) + "\n").encode())
             page = plan.page(ranks=_where(world), model_lines=model_lines)
             self.monitor = self._open.enter_context(contextlib.closing(Monitor(plan, self.engine, page, saved)))
             for warning in prepared.warnings:
