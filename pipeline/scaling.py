@@ -28,6 +28,7 @@ from typing import Literal
 from pipeline.batch import Batch
 
 BUCKET_BYTES = 8 * 2**20
+"""Of a bucket of `pipeline.overlap`."""
 
 Algorithm = Literal["halving-doubling", "ring"]
 
@@ -127,8 +128,8 @@ def make_buckets(gradients: Sequence[Gradient], bucket_bytes: int = BUCKET_BYTES
 
     Args:
         gradients: in the order of the model's parameters; backward makes them in about the reverse.
-        bucket_bytes: a bucket is closed before it would grow beyond this; 0 sends at once what is ready together,
-            which is a layer. A larger gradient has a bucket of its own.
+        bucket_bytes: a bucket is closed before it would grow beyond this, as in `pipeline.overlap`; a larger gradient
+            has one of its own. 0 sends at once what is ready together, which is a layer.
     """
     backwards = gradients[::-1]
     if not bucket_bytes:
@@ -195,13 +196,14 @@ def communicate(buckets: Sequence[Bucket], cluster: Cluster, world_size: int, ba
 
 
 def predict(step: Step, buckets: Sequence[Bucket], cluster: Cluster, batch: Batch) -> Prediction:
-    """An update of `batch`. Gradients are sent beside the backward pass of its last micro-batch."""
-    communication, done = communicate(buckets, cluster, batch.world_size, step.backward)
+    """An update of `batch`. Gradients are sent beside the last backward pass of a rank, of one worker or several."""
+    backward = batch.together * step.backward
+    communication, done = communicate(buckets, cluster, batch.world_size, backward)
     return Prediction(
         batch,
         compute=batch.accumulation * step.seconds,
         communication=communication,
-        exposed=max(0.0, done - step.backward),
+        exposed=max(0.0, done - backward),
         straggler=straggler_seconds(cluster.straggler, batch.world_size),
     )
 

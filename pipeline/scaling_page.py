@@ -6,6 +6,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, plan: Plan, classes: int, local_ranks: range |
     network = model.create(recipe.model, classes, recipe.seed, recipe.transform.sizes)
     own = backward.trace(network, max(recipe.transform.sizes))
     step = Step(seconds, own.share * seconds)
-    buckets = _buckets(args, own.gradients)
+    buckets, sent = _buckets(args, plan, own.gradients)
     paper = _paper_gradients()
     other_fit = scaling_paper.best_straggler(paper, scaling_paper.LINE_RATE)
     found = Found(
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace, plan: Plan, classes: int, local_ranks: range |
         step,
         measured,
         buckets,
-        not args.no_overlap,
+        sent,
         cluster,
         assumed,
         [predict(step, buckets, cluster, batch) for batch in counts],
@@ -168,10 +169,15 @@ def _cluster(args: argparse.Namespace, local_ranks: range | None) -> tuple[Clust
     return cluster, frozenset(assumed)
 
 
-def _buckets(args: argparse.Namespace, gradients: Sequence[Gradient]) -> list[Bucket]:
-    if args.no_overlap:
-        return [Bucket(sum(gradient.bytes for gradient in gradients), 1.0)]
-    return make_buckets(gradients, BUCKET_BYTES if args.bucket_mib is None else round(args.bucket_mib * 2**20))
+def _buckets(args: argparse.Namespace, plan: Plan, gradients: Sequence[Gradient]) -> tuple[list[Bucket], str]:
+    """How the gradients are sent, and a word on when."""
+    late = "--no-overlap" if args.no_overlap else "" if plan.averages_gradients else "DeepSpeed averages them"
+    if late:
+        return [Bucket(sum(gradient.bytes for gradient in gradients), 1.0)], f"sent after backward ({late})"
+    buckets = make_buckets(gradients, BUCKET_BYTES if args.bucket_mib is None else round(args.bucket_mib * 2**20))
+    if plan.config.recipe.step.compile:
+        return [replace(bucket, ready=1.0) for bucket in buckets], "sent after backward, which is compiled"
+    return buckets, "sent as soon as backward has made " + ("them" if len(buckets) > 1 else "it")
 
 
 def _measured(args: argparse.Namespace, plan: Plan) -> tuple[float, str]:

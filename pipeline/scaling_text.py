@@ -23,7 +23,7 @@ class Found:
     Attributes:
         plan: of some number of ranks.
         step: of one micro-batch, and `measured` where it is from.
-        buckets: of gradients, and whether they `overlap` with the backward pass.
+        buckets: of gradients, and when they are `sent`, in words.
         cluster: the links, and `assumed` which options of it nobody gave.
         predictions: in ascending order of ranks.
         paper: the published points, predicted by the same functions.
@@ -35,7 +35,7 @@ class Found:
     step: Step
     measured: str
     buckets: list[Bucket]
-    overlap: bool
+    sent: str
     cluster: Cluster
     assumed: frozenset[str]
     predictions: list[Prediction]
@@ -59,7 +59,7 @@ def as_json(found: Found) -> str:
         "measured": found.measured,
         "gradient_bytes": sum(bucket.bytes for bucket in found.buckets),
         "buckets": len(found.buckets),
-        "overlap": found.overlap,
+        "sent": found.sent,
         "cluster": {
             "ranks_per_host": cluster.ranks_per_host,
             "algorithm": cluster.algorithm,
@@ -134,9 +134,7 @@ def _rows(found: Found) -> list[tuple[str, str]]:
         return " (assumed)" if option in assumed else ""
 
     size = sum(bucket.bytes for bucket in found.buckets) / 1e6
-    sent = f"{len(found.buckets)} bucket{'s' * (len(found.buckets) != 1)}"
-    when = "sent as soon as backward has made it" if found.overlap else "sent after backward"
-    each = "each " if len(found.buckets) > 1 else ""
+    buckets = f"{len(found.buckets)} bucket{'s' * (len(found.buckets) != 1)}"
     hosts = f"{cluster.ranks_per_host} rank{'s' * (cluster.ranks_per_host != 1)} per host{given('ranks_per_host')}"
     return [
         (plan.config.name, f"{plan.config.recipe.model.name} · {plan.batch.micro} images · {minibatch}"),
@@ -146,7 +144,7 @@ def _rows(found: Found) -> list[tuple[str, str]]:
             "backward, by operations",
         ),
         ("", f"from {found.measured}"),
-        ("gradients", f"{size:.1f} MB in fp32 · {sent}, {each}{when}"),
+        ("gradients", f"{size:.1f} MB in fp32 · {buckets}, {found.sent}"),
         (
             "links",
             f"{cluster.algorithm} at {cluster.link.bandwidth / GBIT:g} Gbit/s per host, "

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from pipeline import overlap, scaling
 from pipeline.backward import trace
 from tests.pipeline.test_scaling import resnet50
 
@@ -22,6 +23,13 @@ def test_resnet50_is_as_its_architecture_says():
     convolutions = [index for index, (_, parameter) in enumerate(model.named_parameters()) if parameter.dim() > 1]
     ready = [found.gradients[index].ready for index in convolutions]
     assert ready == pytest.approx([gradient.ready for gradient in by_hand], abs=1e-9)
+
+
+def test_buckets_are_those_of_the_trainer():
+    model = timm.create_model("resnet50")
+    divided = overlap._divide(list(model.parameters())[::-1], overlap.BUCKET_BYTES)
+    buckets = scaling.make_buckets(trace(model, 64).gradients)
+    assert [bucket.bytes for bucket in buckets] == [4 * sum(map(torch.Tensor.numel, part)) for part in divided]
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "resnext50_32x4d", "vit_tiny_patch16_224"])

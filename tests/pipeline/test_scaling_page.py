@@ -81,6 +81,31 @@ def test_overlap_hides_what_is_exposed_without_it(capsys, rows):
     assert last["communication_hidden"] > 0.5 * rows[256]["communication_exposed"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "sent"),
+    [
+        (["--no-overlap"], "sent after backward (--no-overlap)"),
+        (["--set", "recipe.step.overlap=false"], "sent after backward (DeepSpeed averages them)"),
+        (["--set", "recipe.step.compile=true"], "sent after backward, which is compiled"),
+    ],
+)
+def test_gradients_are_sent_as_the_configuration_has_it(capsys, changes, sent):
+    found = answer(capsys, *STEP, "--local-gbit", "80000", *changes)
+    last = found["predictions"][-1]
+    assert found["sent"] == sent
+    assert last["communication_hidden"] == pytest.approx(0)
+    assert last["communication_exposed"] > 0.02
+
+
+def test_a_pass_of_several_workers_hides_more(capsys):
+    slow = ["--scaling", "--step-seconds", "0.02", "--link-gbit", "40", "--up-to", "32"]
+    one, eight = (
+        answer(capsys, *slow, "--set", f"recipe.step.ghost_batches={workers}")["predictions"][-1] for workers in (1, 8)
+    )
+    assert one["compute"] == eight["compute"] == pytest.approx(8 * 0.02)
+    assert eight["communication_exposed"] < one["communication_exposed"] / 2
+
+
 def test_the_paper_stands_beside_it_within_5_percent_and_says_what_is_fitted(capsys):
     paper = answer(capsys, *STEP)["paper"]
     assert paper["fitted"] == FITTED and set(FITTED) == {"bandwidth between servers", "straggler σ"}
