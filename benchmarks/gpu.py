@@ -137,9 +137,11 @@ class Runner:
             end(child)
         reader.join(10)
         self._children.discard(child)
-        if code is None:
+        if self._over:
+            self._results.add(section, **about, failed="ended with the benchmark")
+        elif code is None:
             self._results.add(section, **about, failed=f"cut off after {seconds:.0f} s; what it said: {said}")
-        elif code < 0 and not self._over:
+        elif code < 0:
             name = signal.Signals(-code).name
             self._results.add(section, **about, failed=f"ended by {name}; what it said: {said}")
         elif code:

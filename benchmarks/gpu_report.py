@@ -245,7 +245,7 @@ def table(records: Sequence[Record], settings: Settings) -> Table:
     found.add_column("", min_width=62, no_wrap=True)
     for name in ("median", "least – most", "n"):
         found.add_column(name, justify="right")
-    found.add_column("")
+    found.add_column("", overflow="fold")
     printers = {
         "ceilings": _ceilings,
         "compile": _compile,
@@ -377,7 +377,7 @@ def gate_table(found: Sequence[Gate], *, judged: bool) -> Table:
     shown.add_column("[bold]required[/]", min_width=62, no_wrap=True)
     for name in ("bound", "median", "points"):
         shown.add_column(name, justify="right")
-    shown.add_column("")
+    shown.add_column("", overflow="fold")
     for gate in found:
         form = ",.0f" if gate.required.name == BEST else ".3f"
         lowest = gate.lowest
