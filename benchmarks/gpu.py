@@ -34,7 +34,8 @@ from typing import Any
 
 from gpu_machine import Clocks
 from gpu_points import ASIDE, NEEDS, SECTIONS, TIMED, Settings
-from gpu_report import BEST, Gate, Record, broken, gates, print_report
+from gpu_report import print_report
+from gpu_required import BEST, Gate, Record, broken, gates
 
 from shards.pool import usable_cores
 
