@@ -34,7 +34,8 @@ from typing import Any
 
 from gpu_machine import Clocks
 from gpu_points import ASIDE, NEEDS, SECTIONS, TIMED, Settings
-from gpu_report import BEST, Gate, Record, broken, gates, print_report
+from gpu_report import print_report
+from gpu_required import BEST, Gate, Record, broken, gates
 
 from shards.pool import usable_cores
 
@@ -137,9 +138,11 @@ class Runner:
             end(child)
         reader.join(10)
         self._children.discard(child)
-        if code is None:
+        if self._over:
+            self._results.add(section, **about, failed="ended with the benchmark")
+        elif code is None:
             self._results.add(section, **about, failed=f"cut off after {seconds:.0f} s; what it said: {said}")
-        elif code < 0 and not self._over:
+        elif code < 0:
             name = signal.Signals(-code).name
             self._results.add(section, **about, failed=f"ended by {name}; what it said: {said}")
         elif code:

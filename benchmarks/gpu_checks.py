@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_contenders import CLASSES, allow_tf32, bare, forget, make_engine, network, ours, resident, world
 from gpu_points import Point, Say, Settings
-from gpu_steps import CLASSES, allow_tf32, bare, forget, make_engine, network, ours, resident, timed, world
+from gpu_steps import timed
 from torch import nn
 
 from pipeline.batch_norm import LogicalWorkerStatistics, batch_norms, make_ghosts

@@ -141,7 +141,8 @@ def thread_counts() -> list[int]:
 
 def end_to_end(settings: Settings, say: Say, what: dict[str, Any]) -> None:
     """The loader alone, then the engine on its batches and on batches that are on the device, in turns."""
-    from gpu_steps import allow_tf32, forget, make_engine, ours, resident, synchronise, timed, updates_of, world
+    from gpu_contenders import allow_tf32, forget, make_engine, ours, resident, synchronise, world
+    from gpu_steps import timed, updates_of
 
     from pipeline.decode import make_decoder
     from pipeline.loader import Loader, default_threads, training_requests

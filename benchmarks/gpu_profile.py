@@ -97,7 +97,8 @@ def page(point: Point, pieces: list[Piece]) -> str:
 def profile(settings: Settings, say: Say, what: dict[str, Any]) -> None:
     """Profile the engine at the `point`, and write the file."""
     import torch
-    from gpu_steps import allow_tf32, make_engine, ours, resident, synchronise, timed, world
+    from gpu_contenders import allow_tf32, make_engine, ours, resident, synchronise, world
+    from gpu_steps import timed
     from torch.profiler import ProfilerActivity
 
     point = Point(**what["point"])

@@ -22,6 +22,7 @@ import gpu_input  # noqa: E402
 import gpu_machine  # noqa: E402
 import gpu_profile  # noqa: E402
 import gpu_report  # noqa: E402
+import gpu_required  # noqa: E402
 from gpu_points import BARE, ENGINE, SECTIONS, TIMM, Point, Settings  # noqa: E402
 from gpu_profile import Piece  # noqa: E402
 
@@ -59,18 +60,18 @@ def good_records() -> list[dict]:
     return [*fast, *map(fed, SETTINGS.fed)]
 
 
-def by_name(records: list[dict]) -> dict[str, gpu_report.Gate]:
-    return {gate.required.name: gate for gate in gpu_report.gates(records, SETTINGS)}
+def by_name(records: list[dict]) -> dict[str, gpu_required.Gate]:
+    return {gate.required.name: gate for gate in gpu_required.gates(records, SETTINGS)}
 
 
 def test_all_requirements_are_met_where_all_points_are_good():
     gates = by_name(good_records())
-    assert set(gates) == {required.name for required in gpu_report.REQUIRED}
+    assert set(gates) == {required.name for required in gpu_required.REQUIRED}
     assert all(gate.met and not gate.missing for gate in gates.values())
     # formed within a round: the rounds differ by a factor of two, the ratios do not
-    assert set(gates[gpu_report.TO_BARE].values[POINTS[0]]) == {1.0}
+    assert set(gates[gpu_required.TO_BARE].values[POINTS[0]]) == {1.0}
     # each turn against the mean of those around it
-    assert gates[gpu_report.TO_ENGINE].values[SETTINGS.fed[0]] == [1.0, 1.0]
+    assert gates[gpu_required.TO_ENGINE].values[SETTINGS.fed[0]] == [1.0, 1.0]
 
 
 def test_a_requirement_is_missed_where_one_point_is_below_its_bound():
@@ -78,21 +79,21 @@ def test_a_requirement_is_missed_where_one_point_is_below_its_bound():
     records = [
         timed(slow, engine=97, bare=100) if Point(**record["point"]) == slow else record for record in good_records()
     ]
-    gate = by_name(records)[gpu_report.TO_BARE]
+    gate = by_name(records)[gpu_required.TO_BARE]
     assert not gate.met and gate.failing == [slow]
     assert gate.lowest == (slow, pytest.approx(0.97))
 
 
 def test_timm_is_compared_at_equal_batches_and_with_workers_in_turn():
     gates = by_name(good_records())
-    assert {(point.n, point.groups) for point in gates[gpu_report.TO_TIMM].values} == {(256, 1)}
-    assert {(point.n, point.groups) for point in gates[gpu_report.TO_TIMM_SMALL].values} == {(32, 8)}
+    assert {(point.n, point.groups) for point in gates[gpu_required.TO_TIMM].values} == {(256, 1)}
+    assert {(point.n, point.groups) for point in gates[gpu_required.TO_TIMM_SMALL].values} == {(32, 8)}
 
 
 def test_what_was_not_measured_is_not_met():
     records = [record for record in good_records() if Point(**record["point"]) != SETTINGS.fed[1]]
     gates = by_name(records)
-    assert gates[gpu_report.TO_ENGINE].missing == [SETTINGS.fed[1]] and not gates[gpu_report.TO_ENGINE].met
+    assert gates[gpu_required.TO_ENGINE].missing == [SETTINGS.fed[1]] and not gates[gpu_required.TO_ENGINE].met
     assert not any(gate.met for gate in by_name([]).values())
 
 
@@ -102,15 +103,15 @@ def test_a_contender_that_failed_leaves_the_others_ratios():
     for each in record["rounds"]:
         del each[TIMM]
     gates = by_name([{**record, "without": {TIMM: "OutOfMemoryError: of memory"}}])
-    assert gates[gpu_report.TO_BARE].values == {point: [1.0, 1.0, 1.0]}
-    assert point in gates[gpu_report.TO_TIMM].missing
+    assert gates[gpu_required.TO_BARE].values == {point: [1.0, 1.0, 1.0]}
+    assert point in gates[gpu_required.TO_TIMM].missing
 
 
 def test_the_fastest_engine_decides_and_one_slow_point_does_not():
     records = [timed(POINTS[0], engine=7000), timed(POINTS[1], engine=10)]
-    gate = by_name(records)[gpu_report.BEST]
+    gate = by_name(records)[gpu_required.BEST]
     assert gate.met and gate.lowest == (POINTS[0], 7000)
-    gate = by_name([timed(POINTS[0], engine=5000)])[gpu_report.BEST]
+    gate = by_name([timed(POINTS[0], engine=5000)])[gpu_required.BEST]
     assert not gate.met and gate.failing == [POINTS[0]]
 
 
@@ -126,7 +127,7 @@ def test_the_fastest_engine_decides_and_one_slow_point_does_not():
     ],
 )
 def test_what_is_not_as_promised_is_said(record, words):
-    (said,) = gpu_report.broken([{"section": "synchronisations", "what": "eager", **record}])
+    (said,) = gpu_required.broken([{"section": "synchronisations", "what": "eager", **record}])
     assert words in said
 
 
@@ -136,7 +137,7 @@ def test_what_is_as_promised_is_not():
         {"section": "synchronisations", "what": "a", "explicit": 0, "named": {}, "raised": None, "timer": False},
         {"section": "synchronisations", "what": "b", "explicit": 6, "named": {}, "raised": None, "timer": True},
     ]
-    assert gpu_report.broken(records) == []
+    assert gpu_required.broken(records) == []
 
 
 def test_the_report_names_what_failed_and_what_was_not_reached(capsys):
@@ -151,7 +152,7 @@ def test_the_report_names_what_failed_and_what_was_not_reached(capsys):
     assert any(f"{POINTS[2]} " in line and "not reached" in line for line in lines)
     assert not any(f"{POINTS[0]} " in line and "not reached" in line for line in lines)
     assert any("end-to-end" in line and "cut off after 3 s" in line for line in lines)
-    assert any(gpu_report.TO_TIMM in line and "INCOMPLETE" in line for line in lines)
+    assert any(gpu_required.TO_TIMM in line and "INCOMPLETE" in line for line in lines)
 
 
 # ---------------------------------------------------------------- profiles, clocks, images
@@ -302,14 +303,14 @@ def test_the_smoke_run_goes_through_every_section(tmp_path):
     assert {record["section"] for record in records} == {*SECTIONS, "profile"}
     assert not [record for record in records if "failed" in record or record.get("without")]
 
-    steps = gpu_report.step_records(records)
+    steps = gpu_required.step_records(records)
     assert set(steps) == {*settings.eager, *settings.compiled}
     assert all(numbers(list(each.values())) for record in steps.values() for each in record["rounds"])
     assert len(steps[settings.eager[0]]["rounds"][0]) == 6  # the engine's options, too
     for gate in content["required"]:
         assert gate["values"] and not gate["missing"]
         assert all(numbers(values) for values in gate["values"].values())
-    assert gpu_report.broken(records) == []
+    assert gpu_required.broken(records) == []
 
     waits = [record["explicit"] for record in records if record["section"] == "synchronisations"]
     assert waits == [0, 0, 0, 2 * 3]  # of DeepSpeed's timer: twice in each of three updates
@@ -325,7 +326,7 @@ def test_the_smoke_run_goes_through_every_section(tmp_path):
     for section in ("compile", "correctness", "synchronisations", "ceilings", "eager", "compiled", "end-to-end"):
         assert any(line == section or line.startswith(f"{section}, ") for line in map(str.strip, lines)), section
     assert "not reached" not in run.stdout and "FAILED" not in run.stdout
-    assert sum("not judged on a CPU" in line for line in lines) == len(gpu_report.REQUIRED)
+    assert sum("not judged on a CPU" in line for line in lines) == len(gpu_required.REQUIRED)
 
 
 def test_without_a_gpu_it_says_what_runs_on_a_cpu(tmp_path):

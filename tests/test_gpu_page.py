@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from gpu_points import SECTIONS  # noqa: E402
-from gpu_report import PUBLISHED, REQUIRED  # noqa: E402
+from gpu_required import PUBLISHED, REQUIRED  # noqa: E402
 
 PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 (EXAMPLE,) = re.findall(r"^```json\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
