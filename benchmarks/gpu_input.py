@@ -141,29 +141,34 @@ def thread_counts() -> list[int]:
 
 def end_to_end(settings: Settings, say: Say, what: dict[str, Any]) -> None:
     """The loader alone, then the engine on its batches and on batches that are on the device, in turns."""
-    from gpu_contenders import allow_tf32, forget, make_engine, ours, resident, synchronise, world
+    from gpu_contenders import allow_tf32, forget, make_engine, ours, resident, synchronise
     from gpu_steps import timed, updates_of
 
     from pipeline.decode import make_decoder
+    from pipeline.engine import Engine
     from pipeline.loader import Loader, default_threads, training_requests
     from pipeline.order import Order
-    from pipeline.plan import Plan
     from pipeline.reader import ShardReader
     from shards.index import load_split
 
     split = load_split(shards_of(collected(settings)), SPLIT)
-    on_cuda = world().device.type == "cuda"
     threads = default_threads(1)
 
-    def loader(plan: Plan, threads: int) -> Loader:
+    def loader(trained: Engine, threads: int) -> Loader:
         """As a run makes it."""
+        plan = trained.plan
         recipe = plan.config.recipe
         requests = training_requests(
             Order(len(split), recipe.seed), plan.batch, recipe.transform, 0, 0, updates=sys.maxsize
         )
         decoder = make_decoder(recipe.transform, recipe.seed, recipe.loader.decoder)
         return Loader(
-            ShardReader(split), decoder, requests, threads=threads, prefetch=recipe.loader.prefetch, pin=on_cuda
+            ShardReader(split),
+            decoder,
+            requests,
+            threads=threads,
+            prefetch=recipe.loader.prefetch,
+            copied_on=trained.copied_on,
         )
 
     for number, point in enumerate(settings.fed):
@@ -172,11 +177,11 @@ def end_to_end(settings: Settings, say: Say, what: dict[str, Any]) -> None:
         prefetch = trained.plan.config.recipe.loader.prefetch
         if number == 0:
             for count in thread_counts():
-                with loader(trained.plan, count) as batches:
+                with loader(trained, count) as batches:
                     rates = [_rate(batches, settings, prefetch) for _ in range(TURNS)]
                     tally = batches.take_tally()
                 say(what="loader alone", threads=count, rates=rates, images=point.images, decoded=tally.figures())
-        with loader(trained.plan, threads) as batches:
+        with loader(trained, threads) as batches:
             waiting = Waiting(batches)
             on_device = ours(trained, resident(point.images, settings.size))
             fed = ours(trained, waiting)

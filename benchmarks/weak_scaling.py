@@ -115,7 +115,7 @@ def rank_main(pipe: Connection, core: int, rank: int, world_size: int, port: int
     requests = training_requests(plan.order, plan.batch, recipe.transform, rank, 0, plan.steps)
     decoder = make_decoder(recipe.transform, recipe.seed, recipe.loader.decoder)
     samples = 0
-    with Loader(reader, decoder, requests, threads=1, prefetch=recipe.loader.prefetch, pin=False) as loader:
+    with Loader(reader, decoder, requests, threads=1, prefetch=recipe.loader.prefetch) as loader:
         batches = Waiting(loader)
         pipe.send(sum(parameter.numel() for parameter in trainer.model.parameters()) * 4)
         while updates := pipe.recv():

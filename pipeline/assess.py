@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     network = model.create(recipe.model, len(split.classes), recipe.seed, (recipe.transform.size,))
     checkpoint.load_weights(weights, network)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    copy = Copier(device)
     allow_tf32(False)
     micro = recipe.evaluation.micro_batch_size or 64
     requests = evaluation_requests(len(split), micro, recipe.transform.size, 0, 1, contiguous=reads_in_sequence(split))
@@ -61,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
             requests,
             threads=default_threads(1),
             prefetch=recipe.loader.prefetch,
-            pin=device.type == "cuda",
+            copied_on=copy.stream,
         ) as batches,
     ):
         result = evaluate(
-            _fp32_forward(network.to(device).eval(), recipe.transform, device),
+            _fp32_forward(network.to(device).eval(), recipe.transform, copy, device),
             batches,
             images=len(split),
             device=device,
@@ -74,9 +75,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fp32_forward(network: nn.Module, transform: Transform, device: torch.device):
+def _fp32_forward(network: nn.Module, transform: Transform, copy: Copier, device: torch.device):
     normalise = Normalise(transform.mean, transform.std).to(device)
-    copy = Copier(device)
     return lambda images: network(normalise(copy(images)))
 
 

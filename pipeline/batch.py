@@ -1,7 +1,8 @@
 """The batch triangle: kn images per update = k logical workers × n images, divided over W ranks.
 
 k and n come from the configuration, so BN's n, the divisor kn, the learning rate and the data are the same on any
-W that divides k; each rank runs k/W logical workers one after the other (gradient accumulation).
+W that divides k; each rank runs k/W logical workers, one after the other (gradient accumulation) or several at once
+(ghost batches).
 """
 
 from __future__ import annotations

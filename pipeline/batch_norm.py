@@ -93,7 +93,7 @@ def average_statistics(model: nn.Module) -> None:
 # ---------------------------------------------------------------- ghost batches
 
 
-class _GroupNormaliser(nn.BatchNorm2d):
+class _GroupNormaliser(_BatchNorm):
     """BN over groups of consecutive images.
 
     Attributes:
@@ -106,9 +106,10 @@ class _GroupNormaliser(nn.BatchNorm2d):
     share: torch.Tensor
 
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """(g·n, C, H, W) → the same, each n images normalised by themselves; statistics and arithmetic in float32.
+        """(g·n, C, …) → the same, each n images normalised by themselves; statistics and arithmetic in float32.
 
-        The running statistics move once, by the mean of the groups': what g workers would have averaged to.
+        The running statistics move once, by the mean of the groups': what g workers would have averaged to. They do
+        not move where it is not finite, as when a float16 activation overflowed: the update is withheld then.
         """
         # splitting the images is a view in any memory format, and arithmetic keeps the order of the axes
         grouped = images.unflatten(0, (self.groups, -1))
@@ -116,38 +117,50 @@ class _GroupNormaliser(nn.BatchNorm2d):
         if count == 1:
             raise ValueError(f"one value per channel cannot be normalised: shape {tuple(images.shape)}")
         wide = grouped.float() if images.dtype in HALF else grouped
-        variance, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0, keepdim=True)
+        places = range(3, wide.dim())
+        variance, mean = torch.var_mean(wide, dim=(1, *places), correction=0, keepdim=True)
         scale = torch.rsqrt(variance + self.eps)
         if self.affine:
-            scale = scale * self.weight.view(-1, 1, 1)
+            scale = scale * self.weight.view(-1, *(1 for _ in places))
         result = (wide - mean) * scale
         if self.affine:
-            result = result + self.bias.view(-1, 1, 1)
+            result = result + self.bias.view(-1, *(1 for _ in places))
         if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.running_mean += self.share * (mean.mean(dim=0).flatten() - self.running_mean)
                 unbiased = variance.mean(dim=0).flatten() * (count / (count - 1))
-                self.running_var += self.share * (unbiased - self.running_var)
+                for running, found in ((self.running_mean, mean.mean(dim=0).flatten()), (self.running_var, unbiased)):
+                    running += self.share * torch.where(torch.isfinite(found), found - running, 0)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked += 1
         return result.to(images.dtype).flatten(0, 1)
 
 
-class GhostBatchNorm2d(_GroupNormaliser):
+class GhostBatchNorm1d(_GroupNormaliser, nn.BatchNorm1d):
+    """torch's BatchNorm1d over groups of images; in evaluation it is torch's own."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """As torch's."""
+        return self._normalise(images) if self.training else nn.BatchNorm1d.forward(self, images)
+
+
+class GhostBatchNorm2d(_GroupNormaliser, nn.BatchNorm2d):
     """torch's BatchNorm2d over groups of images; in evaluation it is torch's own."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self._normalise(images) if self.training else super().forward(images)
+        """As torch's."""
+        return self._normalise(images) if self.training else nn.BatchNorm2d.forward(self, images)
 
 
 class GhostBatchNormAct2d(_GroupNormaliser, BatchNormAct2d):
     """timm's BatchNormAct2d over groups of images; in evaluation it is timm's own."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """As timm's."""
         return self.act(self.drop(self._normalise(images))) if self.training else BatchNormAct2d.forward(self, images)
 
 
 GHOSTS: dict[type[nn.Module], type[_GroupNormaliser]] = {
+    nn.BatchNorm1d: GhostBatchNorm1d,
     nn.BatchNorm2d: GhostBatchNorm2d,
     BatchNormAct2d: GhostBatchNormAct2d,
 }
@@ -196,15 +209,16 @@ def check_ghosts(model: nn.Module, groups: int, *, stochastic: bool) -> None:
 
 
 def make_ghosts(model: nn.Module, groups: int) -> None:
-    """Have every BN layer normalise groups of consecutive images, in place; parameters and their names stay.
+    """Have every BN layer that can normalise groups of consecutive images, in place; parameters and names stay.
 
     Args:
-        model: on its device, all of its BN layers of types that can (`without_ghost`).
+        model: on its device.
         groups: in a batch; a batch must be a multiple of it.
     """
     shares: dict[tuple[float, torch.device, torch.dtype], torch.Tensor] = {}
     for layer in batch_norms(model):
-        assert layer.momentum is not None and layer.running_mean is not None
+        if type(layer) not in GHOSTS or layer.momentum is None or layer.running_mean is None:
+            continue
         statistics = layer.running_mean
         key = layer.momentum, statistics.device, statistics.dtype
         layer.__class__ = GHOSTS[type(layer)]

@@ -22,6 +22,9 @@ from shards.errors import UserError
 RESOLVED_FILE = "config.resolved.json"
 """In the run folder: the configuration with every default, which `load` accepts again."""
 
+COMPILING_SECONDS = 3600.0
+"""How long a model may take to compile; ranks of one host share its cores."""
+
 Validated = TypeVar("Validated", bound=BaseModel)
 
 
@@ -59,6 +62,14 @@ class Config:
     def lr(self) -> float:
         """The learning rate at `recipe.reference_batch`."""
         return self.blocks.optimizer.params["lr"]
+
+    @property
+    def watchdog(self) -> schema.Watchdog:
+        """`recipe.watchdog`, with the patience that compiling needs: nothing gets any further meanwhile."""
+        watchdog = self.recipe.watchdog
+        if not self.recipe.step.compile or not watchdog.stuck_seconds:
+            return watchdog
+        return watchdog.model_copy(update={"stuck_seconds": max(watchdog.stuck_seconds, COMPILING_SECONDS)})
 
     @property
     def precision(self) -> str:

@@ -33,7 +33,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
 from pipeline import rendezvous
-from pipeline.batch_norm import LogicalWorkerStatistics, make_ghosts, without_ghost
+from pipeline.batch_norm import LogicalWorkerStatistics, make_ghosts
 from pipeline.feed import Copier, Normalise
 from pipeline.float32 import allow_tf32
 from pipeline.loader import MicroBatch
@@ -208,7 +208,7 @@ class Engine:
         recipe = plan.config.recipe
         self._copy = Copier(world.device)
         self._normalise = Normalise(recipe.transform.mean, recipe.transform.std).to(world.device)
-        if plan.batch.together > 1 or (recipe.step.compile and not without_ghost(self.model)):
+        if plan.batch.together > 1 or recipe.step.compile:
             make_ghosts(self.model, plan.batch.together)
         self._statistics = LogicalWorkerStatistics(self.model, plan.batch.passes)
         self._averager = (
@@ -221,6 +221,11 @@ class Engine:
         self._lr_used = float("nan")
         self._configure_loss_scale()
         self._fill_fused_momentum()
+
+    @property
+    def copied_on(self) -> torch.cuda.Stream | None:
+        """The stream that images and labels are copied to the device on; None on a CPU."""
+        return self._copy.stream
 
     @property
     def loss_scale(self) -> float | None:
@@ -271,6 +276,21 @@ class Engine:
             and the sample ids of each logical worker. A mixed image is correct as the class with the larger share
             in it.
         """
+        try:
+            return self._update(micro_batches, samples)
+        except torch.OutOfMemoryError as error:
+            sizes = self.plan.batch
+            mend = "Use half precision (docs/precision.md); smaller images or micro-batches are another recipe."
+            if sizes.together > 1:
+                fewer = f"--set recipe.step.ghost_batches={sizes.together // 2}"
+                mend = f"Send fewer logical workers through the model at once, which trains the same: {fewer}"
+            raise UserError(
+                f"{self.plan.config.path}: the device has not the memory for {sizes.physical} images at once: "
+                f"{str(error).splitlines()[0]}",
+                mend,
+            ) from error
+
+    def _update(self, micro_batches: Iterator[MicroBatch], samples: int) -> tuple[torch.Tensor, list[np.ndarray]]:
         self.scheduler.seek(samples)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         ids: list[np.ndarray] = []
@@ -359,11 +379,18 @@ class Engine:
             self._engine.backward(loss)
         if last and averager is not None:
             averager.finish()
+        elif last and ours:
+            for parameter in self.model.parameters():  # as on several ranks, where a part is averaged that has none
+                if parameter.grad is None and parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def _compile(self, sizes: int) -> None:
         """Compile model and normalisation, once for each size of images, in training and in evaluation."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * sizes)
-        self._engine.compile(compile_kwargs={"dynamic": False})
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would go on uncompiled, and say so in a log
+        # and not the module as it is called, as engine.compile does: DeepSpeed's hooks around it count micro-steps, and
+        # every one of them would be compiled anew
+        self.model.forward = torch.compile(self.model.forward, dynamic=False)
         self._normalise.compile(dynamic=False)
 
     def _configure_loss_scale(self) -> None:

@@ -14,20 +14,23 @@ class Copier:
 
     Args:
         device: where the copies are needed. On a CPU nothing is copied.
+
+    Attributes:
+        stream: on which they are made; None on a CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the device, for use on the current stream; only one in pinned memory is not waited for."""
-        if self._stream is None:
+        if self.stream is None:
             return tensor.to(self._device)
         current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             copy = tensor.to(self._device, non_blocking=True)
-        current.wait_stream(self._stream)
+        current.wait_stream(self.stream)
         copy.record_stream(current)  # the allocator knows only of the stream that it was made on
         return copy
 

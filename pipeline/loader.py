@@ -58,8 +58,8 @@ class MicroBatch:
 
     Attributes:
         images: uint8 of shape (n, 3, size, size) in channels_last memory; not normalised. Copies of them to a device
-            must be made, before the last reference to them is dropped, on the current stream of the thread that asks
-            for batches, or on one that it waits for: their memory is then filled again once that stream is done.
+            must be made, before the last reference to them is dropped, on the stream that the loader was given: their
+            memory is then filled again once that stream is done.
         labels: int64 of shape (n,).
         weights: float32 of shape (n,).
         ids: sample ids, int64 of shape (n,).
@@ -130,7 +130,7 @@ class Loader:
         requests: what to load, in order.
         threads: decoding threads.
         prefetch: micro-batches loaded ahead of the one being used.
-        pin: allocate in pinned memory, for copies to a GPU that overlap with its work; see `slabs.SlabRing`.
+        copied_on: the stream that the images are copied to a GPU on; see `slabs.SlabRing`.
 
     Raises:
         UserError: while iterating, when a sample of the micro-batch asked for cannot be read or decoded; it names
@@ -146,7 +146,7 @@ class Loader:
         *,
         threads: int,
         prefetch: int,
-        pin: bool = False,
+        copied_on: torch.cuda.Stream | None = None,
     ) -> None:
         self.reader = reader
         self.decoder = decoder
@@ -157,7 +157,7 @@ class Loader:
         self._stop = np.zeros(1, np.uint8)
         self._failure: Exception | None = None
         self._pool = decode_pool(threads)
-        self._ring = SlabRing(prefetch + 2, pin=pin)
+        self._ring = SlabRing(prefetch + 2, copied_on=copied_on)
         self._pending: deque[_Pending] = deque()
 
     def __iter__(self) -> Iterator[MicroBatch]:

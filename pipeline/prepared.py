@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from pipeline.plan import Plan
 from pipeline.resume import Checkpoint
 from pipeline.stochastic import is_stochastic
 from pipeline.versions import versions
+from shards.errors import UserError
 
 FACT_MENDS = {
     "decoder": "Name a decoder that every host has: recipe.loader.decoder (onehour doctor shows them).",
@@ -86,6 +87,12 @@ def prepare(config_path: str, overrides: Sequence[str], world: World) -> Prepare
         resume.check(saved, plan)
     recipe = plan.config.recipe
     network = model.create(recipe.model, len(train_split.classes), recipe.seed, recipe.transform.sizes)
-    check_ghosts(network, plan.batch.together, stochastic=is_stochastic(network))
+    if plan.batch.together > 1:
+        try:
+            check_ghosts(network, plan.batch.together, stochastic=is_stochastic(network))
+        except UserError:
+            if recipe.step.ghost_batches != "auto":
+                raise
+            plan = replace(plan, batch=replace(plan.batch, together=1))
     state = checkpoint.load(saved, network) if saved is not None else None
     return Prepared(plan, train_split, validation_split, saved, network, state, tuple(warnings))

@@ -321,7 +321,7 @@ class Run:
             requests,
             threads=self.threads,
             prefetch=self.plan.config.recipe.loader.prefetch,
-            pin=self.world.device.type == "cuda",
+            copied_on=self.engine.copied_on,
         )
 
 

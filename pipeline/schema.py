@@ -164,7 +164,7 @@ class Evaluation(Section):
 
     split: str = "val"
     every_epochs: int = Field(1, ge=1)
-    micro_batch_size: int | None = Field(None, gt=0, description="default: the training micro-batch")
+    micro_batch_size: int | None = Field(None, gt=0, description="default: the images of a training pass")
 
 
 class Checkpoints(Section):
@@ -179,7 +179,7 @@ class Loader(Section):
     """Reading and decoding, per rank. None of it changes the order or a view; decoders differ by rounding."""
 
     threads: int | None = Field(None, ge=1, description="default: this rank's share of the cores")
-    prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead")
+    prefetch: int = Field(4, ge=1, description="passes (micro-batches, or several at once) decoded ahead")
     decoder: DecoderChoice = Field(
         "auto", description="the best that is there, or by name; what it refuses goes to the ones below it"
     )

@@ -23,7 +23,7 @@ from pipeline.report import text
 SHARES = {"compute": "compute", "communication": "communication", "data_wait": "data wait"}
 """Fields of the record, and what they are called."""
 
-_SAME_WORK = ("model", "transform", "mixing")
+_SAME_WORK = ("model", "transform", "mixing", "step")
 """Sections of the recipe that decide what an image costs."""
 
 

@@ -144,6 +144,37 @@ def test_half_precision_is_normalised_in_float32(dtype):
     assert torch.allclose(layer.running_mean, 0.1 * groups.mean((0, 1, 3, 4)), rtol=1e-5)
 
 
+def test_an_overflow_in_one_channel_leaves_the_running_statistics_alone_and_no_others():
+    """float16 activations may overflow; the update is withheld, and its statistics must not stay as NaN."""
+    layer, whole = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    make_ghosts(layer, 2)
+    make_ghosts(whole, 2)
+    images = torch.randn(8, 3, 5, 5)
+    whole(images)
+    images[1, 2, 0, 0] = torch.inf
+    layer(images)
+    assert torch.equal(layer.running_mean[:2], whole.running_mean[:2])
+    assert torch.equal(layer.running_var[:2], whole.running_var[:2])
+    assert (layer.running_mean[2], layer.running_var[2]) == (0, 1), "as they were"
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12, 5, 7)])
+def test_layers_of_vectors_are_normalised_in_groups_too(shape):
+    torch.manual_seed(0)
+    images = torch.randn(shape, dtype=torch.float64)
+    images += torch.arange(12).view(-1, *[1] * (len(shape) - 1))
+    ours, theirs = nn.BatchNorm1d(5).double(), nn.BatchNorm1d(5).double()
+    make_ghosts(ours, 3)
+    out = ours(images)
+    assert torch.allclose(out, torch.cat([nn.BatchNorm1d(5).double()(part) for part in images.chunk(3)]), atol=1e-12)
+    statistics = LogicalWorkerStatistics(theirs, 3)
+    with statistics.update():
+        for index, part in enumerate(images.chunk(3)):
+            statistics.micro_step(index)
+            theirs(part)
+    assert torch.allclose(ours.running_var, theirs.running_var, atol=1e-12)
+
+
 def test_it_compiles_as_one_graph_once_whatever_the_pass():
     """A float momentum would be compiled in, and every pass of an update would be compiled by itself."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -177,7 +208,7 @@ def test_a_single_value_is_refused_as_torch_does():
 @pytest.mark.parametrize(
     ("layer", "name"),
     [
-        (nn.BatchNorm1d(3), "BatchNorm1d"),
+        (nn.BatchNorm3d(3), "BatchNorm3d"),
         (nn.SyncBatchNorm(3), "SyncBatchNorm"),
         (nn.BatchNorm2d(3, momentum=None), "BatchNorm2d"),
         (nn.BatchNorm2d(3, track_running_stats=False), "BatchNorm2d"),

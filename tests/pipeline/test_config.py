@@ -846,3 +846,11 @@ def test_config_is_immutable():
         loaded.path = Path("x")
     with pytest.raises(ValueError, match="frozen"):
         loaded.recipe.epochs = 1
+
+
+@pytest.mark.parametrize(
+    ("stuck", "compiled", "patience"), [(600, False, 600), (600, True, 3600), (0, True, 0), (9999, True, 9999)]
+)
+def test_compiling_is_given_an_hour_before_it_counts_as_stuck(tmp_path, stuck, compiled, patience):
+    path = write(tmp_path, changed({"recipe.watchdog.stuck_seconds": stuck, "recipe.step": {"compile": compiled}}))
+    assert config.load(path).watchdog.stuck_seconds == patience

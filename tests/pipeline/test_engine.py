@@ -346,18 +346,62 @@ def test_what_waits_is_counted(tmp_path):
     assert found == ["_local_scalar_dense"]
 
 
-def compiled_and_not(world: World, path: Path) -> tuple[list[float], list[float]]:
-    """Losses of three updates in two passes each."""
-    losses = []
-    for name, changes in (("eager", {}), ("compiled", {"recipe.step.compile": True, "recipe.step.ghost_batches": 2})):
-        answer = train_rank(world, path / name, True, changes, 3)
-        losses.append(answer["losses"])
-    return losses[0], losses[1]
+def compiled_and_not(world: World, path: Path) -> dict[str, Any]:
+    """Losses of three updates, in two passes each, and the graphs that were compiled by then and later."""
+    from torch._dynamo.utils import counters
+
+    changes: dict[str, Any] = {"recipe.step.ghost_batches": 2}
+    eager = train_rank(world, path / "eager", True, changes, 3)["losses"]
+    counters.clear()
+    folder = path / f"compiled-{world.rank}"
+    folder.mkdir()
+    resolved = make_plan(folder / "c.json", world.size, **changes, **{"recipe.step.compile": True})
+    engine = Engine(network(batch_norm=True), resolved, world)
+    graphs, losses = [], []
+    for update in range(5):
+        batches = physical_batches(update, world.rank, resolved.batch)
+        losses.append(engine.update(iter(batches), update * resolved.batch.train)[0][0].item())
+        if update >= 2:
+            engine.evaluation_mode()
+            with torch.no_grad():
+                engine.forward(batches[0].images)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return {"eager": eager, "compiled": losses, "graphs": graphs}
 
 
-def test_a_compiled_step_is_the_same_training(tmp_path):
-    [(eager, compiled)] = fork_ranks(compiled_and_not, 1, tmp_path, timeout=240)
-    assert compiled == pytest.approx(eager, rel=1e-3) and compiled != eager
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_compiled_step_is_the_same_training_and_compiled_once(tmp_path, world_size):
+    """Model and normalisation, in training and in evaluation; whatever the pass, and after an evaluation."""
+    for found in fork_ranks(compiled_and_not, world_size, tmp_path, timeout=280):
+        assert found["compiled"][:3] == pytest.approx(found["eager"], rel=1e-3)
+        trained, also, evaluated, *later = found["graphs"]
+        assert trained == also == 2 and evaluated > trained and set(later) == {evaluated}
+
+
+def without_a_part(world: World, path: Path, overlap: bool) -> torch.Tensor:
+    """What updates make of a weight that no loss depends on, but that decays."""
+    folder = path / f"{world.size}-{world.rank}-{overlap}"
+    folder.mkdir(parents=True)
+    changes = {"recipe.step.overlap": overlap, "optimizer.params.weight_decay": 0.1}
+    resolved = make_plan(folder / "c.json", world.size, **changes)
+    model = network(batch_norm=False)
+    model.idle = nn.Linear(2, 2)
+    nn.init.ones_(model.idle.weight)
+    model.forward = lambda images: nn.Sequential(*list(model)[:-1])(images)
+    engine = Engine(model, resolved, world)
+    for update in range(2):
+        engine.update(iter(physical_batches(update, world.rank, resolved.batch)), update * resolved.batch.train)
+    return engine.model.idle.weight.detach().clone()
+
+
+def test_a_weight_without_a_part_in_the_loss_decays_whatever_the_ranks_and_whoever_averages(tmp_path):
+    weights = [
+        fork_ranks(without_a_part, world_size, tmp_path, overlap)[0]
+        for world_size in (1, 2)
+        for overlap in (True, False)
+    ]
+    assert (weights[0] < 0.999).all()
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
 
 
 def late_rank(world: World, path: Path, late: float) -> tuple[float, float, float]:

@@ -66,17 +66,21 @@ def test_a_fused_optimizer_survives_an_overflow_on_its_first_step(tiny_shards, t
 
 KEPT_UNTIL_COPIED = """
 import torch
+from pipeline.feed import Copier
 from pipeline.slabs import SlabRing
 
+copy = Copier(torch.device("cuda"))
 shape = (4, 256, 256, 3)
 for then in (shape, (4, 128, 128, 3)):  # the same slab again, and its memory for slabs of another size
-    ring, copies = SlabRing(most=1, pin=True), []
+    ring, copies = SlabRing(most=1, copied_on=copy.stream), []
     for value in range(8):
         slab = ring.take(shape)
         slab.pixels[...] = value
         tensor = ring.hand_out(slab)
-        torch.cuda._sleep(20_000_000)
-        copies.append(tensor.to("cuda", non_blocking=True))
+        with torch.cuda.stream(copy.stream):
+            torch.cuda._sleep(20_000_000)  # the copy is late
+        copies.append(copy(tensor) + 0)  # read on the stream that computes, which waits for it
+        torch.cuda._sleep(20_000_000)  # and that is busy, which no slab waits for
         del slab, tensor
         ring.take(then).pixels[...] = 255
         if then != shape:

@@ -342,7 +342,8 @@ class Event:
         self.log = log
         self.done = False
 
-    def record(self) -> None:
+    def record(self, stream: str) -> None:
+        assert stream == "copies", "what is computed is not waited for"
         self.log.append("recorded")
 
     def query(self) -> bool:
@@ -384,7 +385,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("then", ["filled", "of another size", "too many"])
 def test_an_event_is_recorded_on_return_and_waited_for_before_the_slab_is(then, pinned):
-    ring, shape = SlabRing(most=1 if then == "too many" else slabs.SPARE, pin=True), (1, 4, 4, 3)
+    ring, shape = SlabRing(most=1 if then == "too many" else slabs.SPARE, copied_on="copies"), (1, 4, 4, 3)
     taken = [ring.take(shape) for _ in range(slabs.SPARE)]
     assert pinned == []
     for slab in taken:
