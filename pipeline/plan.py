@@ -176,6 +176,7 @@ class Plan:
             ("", self._warmup_line()),
         ]
         rows += [("", line) for line in (*self._milestone_lines(), *self._decay_lines())]
+        rows += self._transfer_rows()
         decay = config.blocks.optimizer.params.get("weight_decay", 0)
         rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
         rows += [
@@ -287,6 +288,19 @@ class Plan:
             return text
         least = min(self.residence.total, self.shards["bytes"])
         return f"{text} · cache: {filesize.decimal(least)} at once if one host has all ranks"
+
+    def _transfer_rows(self) -> list[tuple[str, str]]:
+        """What a run starts from, where it is not the recipe's initialisation, and what of it is trained how."""
+        section, rows = self.config.recipe.model, []
+        if section.body_lr != 1:
+            rows.append(("", f"× {section.body_lr:g} for everything but the classifier"))
+        if section.start_from is not None:
+            head = "a new classifier" if section.new_head else "a new classifier where its shape is another"
+            source = f"timm's weights of {section.name}" if section.start_from == "timm" else section.start_from
+            rows.append(("start", f"{source} · {head}"))
+        if section.freeze:
+            rows.append(("frozen", f"{', '.join(section.freeze)} · BN layers among them normalise as in evaluation"))
+        return rows
 
     def _augmentation_rows(self) -> list[tuple[str, str]]:
         """What is done to images beyond the paper's crop and flip."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import checkpoint, config, model, resume
+from pipeline import checkpoint, config, model, resume, transfer
 from pipeline.batch_norm import check_ghosts
 from pipeline.dataset import AnySplit
 from pipeline.engine import World
@@ -22,6 +22,7 @@ from pipeline.versions import versions
 
 FACT_MENDS = {
     "decoder": "Name a decoder that every host has: recipe.loader.decoder (onehour doctor shows them).",
+    "start weights": "Each host reads its own copy of recipe.model.start_from: make them the same file.",
     "checkpoint": "A host that finds a save damaged goes on from the one before it: onehour checkpoints RUN --verify.",
 }
 """What helps where a fact differs, besides making the hosts alike."""
@@ -37,6 +38,7 @@ class Prepared:
         saved: the checkpoint to continue from, or None.
         network: the model, with the checkpoint's weights if there is one.
         state: the engine's state out of the checkpoint, or None.
+        start: the weights of `recipe.model.start_from`, where the run begins with them.
         warnings: what a person must come to know of the checkpoints.
     """
 
@@ -46,6 +48,7 @@ class Prepared:
     saved: Checkpoint | None
     network: nn.Module
     state: dict[str, Any] | None
+    start: transfer.Start | None = None
     warnings: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
@@ -61,6 +64,7 @@ class Prepared:
             "decoder": live,
             "training shards": self.train_split.digest[:12],
             "validation shards": self.validation_split.digest[:12],
+            "start weights": self.start.digest[:12] if self.start is not None else "none",
             "checkpoint": f"step {self.saved.step}" if self.saved is not None else "none",
             "checkpoint's digests": self.saved.digests if self.saved is not None else {},
             "versions": {
@@ -86,6 +90,7 @@ def prepare(config_path: str, overrides: Sequence[str], world: World) -> Prepare
         resume.check(saved, plan)
     recipe = plan.config.recipe
     network = model.create(recipe.model, len(train_split.classes), recipe.seed, recipe.transform.sizes)
+    start = transfer.prepare(network, recipe.model, resumes=saved is not None)
     check_ghosts(network, plan.batch.together, stochastic=is_stochastic(network))
     state = checkpoint.load(saved, network) if saved is not None else None
-    return Prepared(plan, train_split, validation_split, saved, network, state, tuple(warnings))
+    return Prepared(plan, train_split, validation_split, saved, network, state, start, tuple(warnings))

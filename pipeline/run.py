@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from pipeline import checkpoint, config, divergence, model, report
+from pipeline import checkpoint, config, divergence, model, report, transfer
 from pipeline.batch_norm import average_statistics
 from pipeline.decode import make_decoder
 from pipeline.engine import Engine, World
@@ -61,6 +61,7 @@ class Run:
                 size=max(recipe.transform.sizes),
                 precision=plan.config.precision,
             )
+            model_lines += transfer.describe(prepared.network, prepared.start)
         self.engine = Engine(prepared.network, plan, world)
         if prepared.state is not None:
             self.engine.restore(prepared.state, samples=self.samples, step=self.step)
