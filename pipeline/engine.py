@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +32,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
-from pipeline import rendezvous
+from pipeline import precise_bn, rendezvous
 from pipeline.batch_norm import LogicalWorkerStatistics, make_ghosts, without_ghost
 from pipeline.feed import Copier, Normalise
 from pipeline.float32 import allow_tf32
@@ -314,6 +314,15 @@ class Engine:
     def evaluation_mode(self) -> None:
         """Use running statistics; the next `update` goes back to training."""
         self._engine.eval()
+
+    def recompute_statistics(self, batches: Iterable[MicroBatch]) -> None:
+        """Replace BN's running statistics by those of the present weights over this rank's batches of training images.
+
+        For `average_statistics` after it. The training does not depend on them; the model is left in evaluation mode.
+        """
+        self._engine.eval()
+        with self._statistics.single_passes():
+            precise_bn.recompute(self.model, self.forward, batches)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights and position: optimizer tensors and the loss scale."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline import checkpoint, config, model, resume, transfer
+from pipeline import checkpoint, config, model, precise_bn, resume, transfer
 from pipeline.batch_norm import check_ghosts
 from pipeline.dataset import AnySplit
 from pipeline.engine import World
@@ -92,5 +92,7 @@ def prepare(config_path: str, overrides: Sequence[str], world: World) -> Prepare
     network = model.create(recipe.model, len(train_split.classes), recipe.seed, recipe.transform.sizes)
     start = transfer.prepare(network, recipe.model, resumes=saved is not None)
     check_ghosts(network, plan.batch.together, stochastic=is_stochastic(network))
+    if recipe.evaluation.precise_bn:
+        precise_bn.check(network)
     state = checkpoint.load(saved, network) if saved is not None else None
     return Prepared(plan, train_split, validation_split, saved, network, state, start, tuple(warnings))

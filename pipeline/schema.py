@@ -177,6 +177,9 @@ class Evaluation(Section):
     split: str = "val"
     every_epochs: int = Field(1, ge=1)
     micro_batch_size: int | None = Field(None, gt=0, description="default: the training micro-batch")
+    precise_bn: int = Field(
+        0, ge=0, description="training images that BN's statistics are recomputed over before; 0: running statistics"
+    )
 
 
 class Checkpoints(Section):
