@@ -60,6 +60,21 @@ class LogicalWorkerStatistics:
             for layer, momentum in self._layers:
                 layer.momentum = momentum
 
+    @contextmanager
+    def single_passes(self) -> Iterator[None]:
+        """Around forward passes after each of which the running statistics shall be those of that pass alone."""
+        try:
+            for layer, _ in self._layers:
+                layer.momentum = 1.0
+            for share, _ in self._shares:
+                share.fill_(1.0)
+            yield
+        finally:
+            for layer, momentum in self._layers:
+                layer.momentum = momentum
+            for share, momentum in self._shares:
+                share.fill_(momentum)
+
     def micro_step(self, index: int) -> None:
         """Prepare the layers for micro-step `index` (0-based)."""
         if self._accumulation == 1:

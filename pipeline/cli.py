@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(args: argparse.Namespace) -> int:
     from pipeline import config, launch, plan, resume, scaling_page
-    from pipeline.experiment import open_run, overrides_of
+    from pipeline.experiment import check_start_weights, open_run, overrides_of
 
     scaling = scaling_page.wanted(args)
     experiment = config.load(args.config, overrides_of(args))
@@ -130,20 +130,25 @@ def _plan(args: argparse.Namespace) -> int:
         resolved, train, _ = open_run(experiment, world_size, local_ranks)
         classes = len(train.classes)
         goes_on = resume.outlook(resolved, lambda damage: print(f"onehour: WARNING   {damage}", file=sys.stderr))
+        if not goes_on:
+            check_start_weights(experiment)
     if scaling:
         return scaling_page.run(args, resolved, classes, local_ranks if args.hostfile else None)
     rows = None
     if args.build_model:
-        from pipeline import model
+        from pipeline import model, transfer
 
         recipe = experiment.recipe
+        network = model.create(recipe.model, classes, recipe.seed, recipe.transform.sizes)
+        start = transfer.prepare(network, recipe.model, resumes=bool(goes_on))
         rows = model.describe(
-            model.create(recipe.model, classes, recipe.seed, recipe.transform.sizes),
+            network,
             weight_decay=experiment.blocks.optimizer.params.get("weight_decay", 0),
             images=resolved.batch.physical,
             size=max(recipe.transform.sizes),
             precision=experiment.precision,
         )
+        rows += transfer.describe(network, start)
     if args.json:
         print(json.dumps(resolved.summary() | {"resume": goes_on}, indent=2))
     else:

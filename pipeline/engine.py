@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +32,7 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
-from pipeline import rendezvous
+from pipeline import precise_bn, rendezvous
 from pipeline.batch_norm import LogicalWorkerStatistics, make_ghosts
 from pipeline.feed import Copier, Normalise
 from pipeline.float32 import allow_tf32
@@ -47,6 +47,7 @@ from pipeline.reader import raise_open_files
 from pipeline.schedule import GradualWarmupLR
 from pipeline.schema import Watchdog
 from pipeline.stochastic import is_stochastic, seed_worker
+from pipeline.transfer import frozen_norms, with_body_rate
 from pipeline.watch import Watch
 from shards.errors import UserError
 
@@ -194,10 +195,11 @@ class Engine:
         self.world = world
         allow_tf32(plan.config.recipe.step.tf32)
         self._stochastic = is_stochastic(model)
+        groups = with_body_rate(parameter_groups(model), model, plan.config.recipe.model.body_lr)
         try:
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                 model=model.to(world.device),
-                model_parameters=parameter_groups(model),
+                model_parameters=groups,
                 config=deepspeed_config(plan, world.device.type),
             )
         except (TypeError, ValueError) as error:
@@ -211,6 +213,7 @@ class Engine:
         if plan.batch.together > 1 or recipe.step.compile:
             make_ghosts(self.model, plan.batch.together)
         self._statistics = LogicalWorkerStatistics(self.model, plan.batch.passes)
+        self._frozen_norms = frozen_norms(self.model)
         self._averager = (
             GradientAverager(self.model.parameters()) if plan.averages_gradients and world.size > 1 else None
         )
@@ -244,7 +247,7 @@ class Engine:
 
     @property
     def lr_used(self) -> float:
-        """The learning rate that the optimizer held at the last update, applied or withheld."""
+        """The learning rate that the optimizer held at the last update, applied or withheld; the classifier's."""
         return self._lr_used
 
     def take_communicated(self) -> float:
@@ -297,6 +300,8 @@ class Engine:
         sizes = self.plan.batch
         number = samples // sizes.train
         self._engine.train()
+        for layer in self._frozen_norms:
+            layer.eval()
         if self._averager is not None:
             self._averager.begin()
         with self._statistics.update():
@@ -330,23 +335,38 @@ class Engine:
         """Use running statistics; the next `update` goes back to training."""
         self._engine.eval()
 
+    def recompute_statistics(self, batches: Iterable[MicroBatch]) -> None:
+        """Replace BN's running statistics by those of the present weights over this rank's batches of training images.
+
+        For `average_statistics` after it. The training does not depend on them; the model is left in evaluation mode.
+        """
+        self._engine.eval()
+        with self._statistics.single_passes():
+            precise_bn.recompute(self.model, self.forward, batches)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights and position: optimizer tensors and the loss scale."""
         scaler = self._engine.torch_autocast_z0_gradscaler
         return {
             "optimizer": self.optimizer.state_dict()["state"],
+            "parameters": self._parameter_names(),
             "loss_scaler": scaler.state_dict() if scaler is not None else None,
         }
 
     def restore(self, state: dict[str, Any], *, samples: int, step: int) -> None:
         """Continue from `state` at a position. Hyper-parameters stay those of the configuration."""
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        tensors = state["optimizer"]
+        if "parameters" in state:  # other groups of them, or other frozen ones, number them in another way
+            numbers = {name: number for number, name in enumerate(self._parameter_names())}
+            saved = {name: tensors[number] for number, name in enumerate(state["parameters"]) if number in tensors}
+            tensors = {numbers[name]: value for name, value in saved.items() if name in numbers}
+        self.optimizer.load_state_dict({"state": tensors, "param_groups": groups})
         self._fill_fused_momentum()  # what was saved may be older than the first update that was applied
         scaler = self._engine.torch_autocast_z0_gradscaler
-        saved = state["loss_scaler"]
-        if scaler is not None and saved and not self.plan.config.blocks.fp16.loss_scale:
-            found = {key: saved[key] for key in ("scale", "_growth_tracker")}
+        scale = state["loss_scaler"]
+        if scaler is not None and scale and not self.plan.config.blocks.fp16.loss_scale:
+            found = {key: scale[key] for key in ("scale", "_growth_tracker")}
             scaler.load_state_dict({**scaler.state_dict(), **found})
         self.scheduler.load_state_dict({"samples": samples})
         self._engine.global_steps = step
@@ -356,6 +376,11 @@ class Engine:
         """Hand scalars to the JSON's own monitors (tensorboard, csv_monitor, wandb, comet); x axis is samples."""
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events([(name, value, samples) for name, value in values.items()])
+
+    def _parameter_names(self) -> list[str]:
+        """What is trained, in the optimizer's order."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _mix(
         self, images: torch.Tensor, labels: torch.Tensor, update: int, worker: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from pathlib import Path
 
 from pipeline import plan as plans
 from pipeline.config import Config
@@ -76,6 +77,27 @@ def plan_run(
     workers = range(ranks.start * plan.batch.accumulation, ranks.stop * plan.batch.accumulation)
     check_capacity(config, plan.order, train, validation, workers, len(ranks))
     return plan
+
+
+def check_start_weights(config: Config) -> None:
+    """Refuse a file of weights to start from that is not there; what is in it, only the ranks look at.
+
+    For a run that begins: one that goes on does not read it.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    source = config.recipe.model.start_from
+    if source in (None, "timm"):
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "there is no such file"
+        inside = path / "model.safetensors"
+        raise UserError(
+            f"{config.path}: recipe.model.start_from: {path}: {what}",
+            *([f"The weights that the run exported: {inside}"] if inside.is_file() else []),
+        )
 
 
 def check_monitors(config: Config) -> None:

@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from pipeline import batch, config, environment, hosts, launcher, reach, resume
 from pipeline.config import Config
-from pipeline.experiment import add_config_arguments, check_monitors, open_run, overrides_of
+from pipeline.experiment import add_config_arguments, check_monitors, check_start_weights, open_run, overrides_of
 from pipeline.fault import FAILED, FINISHED, STOPPED, Fault, faults_of
 from pipeline.lease import Lease
 from pipeline.metrics import FILE_NAME, MetricsWriter, read_metrics
@@ -222,6 +222,7 @@ class Launch:
                 pass  # rank 0 holds it while it trains: a second training must not touch the first one's folder
         options, variables = self._prepare_hosts(ranks)
         if self.fresh:
+            check_start_weights(self.experiment)
             _set_aside(self.folder, self.console)
             self.fresh = False
         saved = resume.find_latest(
@@ -239,6 +240,8 @@ class Launch:
         elif (self.folder / FILE_NAME).exists():
             # nothing to resume from: the record of the attempt is kept, but it is not this run's
             _set_aside(self.folder, self.console)
+        if saved is None:
+            check_start_weights(self.experiment)
         events_before = len(read_metrics(self.folder / FILE_NAME)) if (self.folder / FILE_NAME).exists() else 0
         with Lease(self.folder) as lease, environment.travelling(variables, self.launcher) as file:
             ended = launcher.run_launcher(

@@ -14,7 +14,8 @@ waiting for a slower rank, of whatever it is slow), `compute` is the rest. Null 
     train       step samples epoch loss [top1] lr images_per_second compute communication data_wait skipped_steps
                 step_seconds
     epoch       epoch samples images loss [top1] seconds images_per_second compute communication data_wait
-    evaluation  epoch samples top1 top5 loss images seconds
+    evaluation  epoch samples top1 top5 loss images seconds [precise_bn precise_bn_seconds: training images that BN's
+                statistics were recomputed over, and how long it took]
     decode      samples split images, and those of tally.FIELDS that are not 0: what decoded the images of an epoch
                 or an evaluation, of all ranks, with those that only fill its last micro-batches
     checkpoint  samples path seconds held: written when it is on disk; the training stood still for `held` seconds

@@ -168,14 +168,15 @@ def describe(model: nn.Module, *, weight_decay: float, images: int, size: int, p
     """
     decayed, spared = (len(group["params"]) for group in parameter_groups(model))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    state_bytes = weights * 4 * 3  # weights, gradients, momentum, all fp32
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    state_bytes = weights * 4 + trained * 4 * 2  # weights, gradients, momentum, all fp32
     activations = _activation_bytes(model, images, size, 4 if precision == "fp32" else 2)
     memory = f"{filesize.decimal(state_bytes + activations)} per rank estimated" if activations else "not estimated"
     return [
         ("decay", f"{weight_decay:g} on {decayed} weights and biases; none on {spared} normalisation γ, β"),
         (
             "memory",
-            f"{memory} · {weights / 1e6:.1f} M parameters · checkpoints {filesize.decimal(weights * 8)}",
+            f"{memory} · {weights / 1e6:.1f} M parameters · checkpoints {filesize.decimal(weights * 4 + trained * 4)}",
         ),
     ]
 

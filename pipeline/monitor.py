@@ -154,6 +154,10 @@ class Monitor:
 
     def evaluation(self, *, samples: int, result: Result) -> str:
         """Record an evaluation; returns its part of the epoch's line."""
+        statistics: dict[str, Any] = {}
+        if result.statistics_seconds is not None:
+            images = self.plan.precise_updates * self.plan.batch.train
+            statistics = {"precise_bn": images, "precise_bn_seconds": result.statistics_seconds}
         self._metrics.write(
             "evaluation",
             epoch=self.plan.epoch(samples),
@@ -163,6 +167,7 @@ class Monitor:
             loss=result.loss,
             images=result.images,
             seconds=result.seconds,
+            **statistics,
         )
         self.engine.write_events({"Validation/top1": result.top1, "Validation/top5": result.top5}, samples)
         return f"val {result.top1:.2f} % top-1  {result.top5:.2f} % top-5  ({result.images:,} images)"

@@ -88,6 +88,11 @@ class Plan:
         """Updates of the whole run; the last may reach past its end by part of a batch."""
         return math.ceil(self.total_samples / self.batch.train)
 
+    @property
+    def precise_updates(self) -> int:
+        """Whole updates whose images BN's statistics are recomputed over before an evaluation; 0 if they are not."""
+        return math.ceil(self.config.recipe.evaluation.precise_bn / self.batch.train)
+
     def epoch(self, samples: int) -> float:
         """The position `samples` in epochs."""
         return samples / self.train_samples
@@ -176,6 +181,7 @@ class Plan:
             ("", self._warmup_line()),
         ]
         rows += [("", line) for line in (*self._milestone_lines(), *self._decay_lines())]
+        rows += self._transfer_rows()
         decay = config.blocks.optimizer.params.get("weight_decay", 0)
         rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
         rows += [
@@ -185,6 +191,7 @@ class Plan:
             *([] if isinstance(self.order, Order) else [("", self._locality_line())]),
             *self._augmentation_rows(),
             ("data", self._data_line()),
+            *self._evaluation_rows(),
             (
                 "saves",
                 f"every {recipe.checkpoint.every_epochs:g} epoch{'s' * (recipe.checkpoint.every_epochs != 1)}, "
@@ -288,6 +295,28 @@ class Plan:
         least = min(self.residence.total, self.shards["bytes"])
         return f"{text} · cache: {filesize.decimal(least)} at once if one host has all ranks"
 
+    def _transfer_rows(self) -> list[tuple[str, str]]:
+        """What a run starts from, where it is not the recipe's initialisation, and what of it is trained how."""
+        section, rows = self.config.recipe.model, []
+        if section.body_lr != 1:
+            rows.append(("", f"× {section.body_lr:g} for everything but the classifier"))
+        if section.start_from is not None:
+            head = "a new classifier" if section.new_head else "a new classifier where its shape is another"
+            source = f"timm's weights of {section.name}" if section.start_from == "timm" else section.start_from
+            rows.append(("start", f"{source} · {head}"))
+        if section.freeze:
+            rows.append(("frozen", f"{', '.join(section.freeze)} · BN layers among them normalise as in evaluation"))
+        return rows
+
+    def _evaluation_rows(self) -> list[tuple[str, str]]:
+        """What is measured, where it is not the weights with their running statistics."""
+        updates = self.precise_updates
+        if not updates:
+            return []
+        which = "the last update" if updates == 1 else f"the last {updates:,} updates"
+        images = f"{updates * self.batch.train:,} training images of {which}"
+        return [("evaluation", f"BN's statistics recomputed before it over the {images}, and kept")]
+
     def _augmentation_rows(self) -> list[tuple[str, str]]:
         """What is done to images beyond the paper's crop and flip."""
         recipe = self.config.recipe
@@ -362,6 +391,11 @@ def resolve(
     if samples is None:
         assert train is not None, "a plan needs a training split or a number of samples"
         samples = len(train)
+    if config.recipe.evaluation.precise_bn > samples:
+        raise UserError(
+            f"{config.path}: recipe.evaluation.precise_bn {config.recipe.evaluation.precise_bn:,} is more than the "
+            f"{samples:,} training images"
+        )
     schedule = Schedule.build(
         config.blocks.scheduler.params,
         lr=config.lr,

@@ -7,9 +7,10 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 
-from pipeline import checkpoint, config, divergence, model, report
+from pipeline import checkpoint, config, divergence, model, report, transfer
 from pipeline.batch_norm import average_statistics
 from pipeline.decode import make_decoder
 from pipeline.engine import Engine, World
@@ -61,6 +62,7 @@ class Run:
                 size=max(recipe.transform.sizes),
                 precision=plan.config.precision,
             )
+            model_lines += transfer.describe(prepared.network, prepared.start)
         self.engine = Engine(prepared.network, plan, world)
         if prepared.state is not None:
             self.engine.restore(prepared.state, samples=self.samples, step=self.step)
@@ -251,6 +253,7 @@ class Run:
         split, world = self.validation_split, self.world
         images = len(split)
         micro = recipe.evaluation.micro_batch_size or self.plan.batch.physical
+        seconds = self._recompute_statistics()
         self.watch.at("evaluating")
         average_statistics(self.engine.model)
         self.engine.evaluation_mode()
@@ -268,7 +271,34 @@ class Run:
                 device=world.device,
             )
             self._report_decoding(split.name, batches.take_tally())
-        return result
+        return replace(result, statistics_seconds=seconds)
+
+    def _recompute_statistics(self) -> float | None:
+        """Have BN's statistics be those of the present weights, if the recipe asks for it; returns how long it took.
+
+        Over the images of the last updates, as these saw them: any number of ranks, and a resumed process, sees the
+        same ones, and of remote shards they are those that are there.
+        """
+        plan, recipe, updates = self.plan, self.plan.config.recipe, self.plan.precise_updates
+        if not updates:
+            return None
+        doing = "recomputing BN's statistics"
+        self.watch.at(doing)
+        began = time.perf_counter()
+        first = max(0, self.step - updates)
+        requests = training_requests(plan.order, plan.batch, recipe.transform, self.world.rank, first, first + updates)
+        reader = training_reader(
+            self.train_split,
+            recipe,
+            plan.order,
+            plan.batch,
+            rank=self.world.rank,
+            local_ranks=self.world.local_ranks,
+            position=first * plan.batch.train,
+        )
+        with contextlib.closing(reader), self._loader(reader, requests) as batches:
+            self.engine.recompute_statistics(_Waiting(batches, self.watch, doing))
+        return time.perf_counter() - began
 
     def _save(self) -> None:
         """Save a checkpoint; every rank calls it, rank 0 writes."""

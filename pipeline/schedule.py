@@ -134,7 +134,7 @@ class GradualWarmupLR:
     before every update, so that the rate follows the samples consumed even where DeepSpeed skips `step`.
 
     Args:
-        optimizer: anything with `param_groups`; all groups get the same rate.
+        optimizer: anything with `param_groups`; a group gets the rate, or `lr_scale` of it where it has that key.
         lr, reference_batch, train_batch_size, samples_per_epoch, epochs, scaling: see `Schedule.build`.
         params: the JSON block's parameters (`schema.ScheduleParams`).
     """
@@ -170,7 +170,7 @@ class GradualWarmupLR:
         self.samples = samples
         rate = self.schedule.lr(samples)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1)
 
     def step(self, increment: int | None = None) -> None:
         """Advance by one update; DeepSpeed calls it after each. `increment` is in samples, default kn."""

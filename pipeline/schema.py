@@ -21,8 +21,8 @@ DecoderChoice = Literal["auto", "native", "simplejpeg", "pillow"]
 """What `recipe.loader.decoder` may say; see `pipeline.rungs`."""
 
 REFUSED_MODEL_ARGS = {
-    "pretrained": "training starts from the recipe's initialisation, not from weights",
-    "checkpoint_path": "training starts from the recipe's initialisation, not from weights",
+    "pretrained": "weights to start from are recipe.model.start_from",
+    "checkpoint_path": "weights to start from are recipe.model.start_from",
     "in_chans": "images are decoded to RGB, three channels",
 }
 """Arguments of timm.create_model that the rest of the trainer does not follow, and why."""
@@ -84,6 +84,18 @@ class Model(Section):
     name: str
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     zero_init_last: bool = Field(True, description="γ = 0 in each residual block's last BN (ResNets only)")
+    start_from: str | None = Field(
+        None, min_length=1, description='weights to begin with: a file that timm reads, or "timm" for its own'
+    )
+    new_head: bool = Field(False, description="a new classifier, even where the one of start_from has the right shape")
+    freeze: list[str] = Field(default_factory=list, description='parameters that are not trained: ["layer1.*"]')
+    body_lr: float = Field(1, gt=0, description="factor of the rate, for everything but the classifier")
+
+    @model_validator(mode="after")
+    def _head_of_something(self) -> Model:
+        if self.new_head and self.start_from is None:
+            raise ValueError("new_head is for start_from: without it the classifier is new anyway")
+        return self
 
     @field_validator("args")
     @classmethod
@@ -165,6 +177,9 @@ class Evaluation(Section):
     split: str = "val"
     every_epochs: int = Field(1, ge=1)
     micro_batch_size: int | None = Field(None, gt=0, description="default: the images of a training pass")
+    precise_bn: int = Field(
+        0, ge=0, description="training images that BN's statistics are recomputed over before; 0: running statistics"
+    )
 
 
 class Checkpoints(Section):

@@ -447,8 +447,11 @@ def test_wrong_type_or_range_names_the_path_and_the_value(tmp_path, path, value,
             {"optimizer": {"type": "AdamW", "params": {"lr": 1, "torch_adam": False, "amsgrad": True}}},
             ["optimizer.params.amsgrad", "DeepSpeed's own AdamW does not take it"],
         ),
-        ({"recipe.model.args": {"pretrained": True}}, ["recipe.model.args: pretrained", "not from weights"]),
-        ({"recipe.model.args": {"checkpoint_path": "w"}}, ["recipe.model.args: checkpoint_path", "not from weights"]),
+        ({"recipe.model.args": {"pretrained": True}}, ["recipe.model.args: pretrained", "recipe.model.start_from"]),
+        (
+            {"recipe.model.args": {"checkpoint_path": "w"}},
+            ["recipe.model.args: checkpoint_path", "recipe.model.start_from"],
+        ),
         ({"recipe.model.args": {"in_chans": 1}}, ["recipe.model.args: in_chans", "RGB"]),
         ({"recipe.transform.padding": 5}, ["recipe.transform: padding", 'crop "padded"', 'crop "resized"', "leave"]),
         (
