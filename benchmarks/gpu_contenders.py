@@ -6,7 +6,7 @@ All three get uint8 images in channels_last memory, and normalise them on the de
   DeepSpeed, statistics of workers, learning rates and sums.
 - timm's is `train.py`'s, eager or compiled as the point is: `create_optimizer_v2`, autocast, `NativeScaler` for fp16,
   channels_last, the prefetcher's normalisation. Its logging, which asks the device for the loss, is left out. Where
-  several workers go through our model at once, it has them one after the other, in eager mode: it knows no such thing.
+  several workers go through our model at once, it has them one after the other: it knows no such thing.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def timms(point: Point, settings: Settings, batches: Iterator[MicroBatch]) -> Co
     optimizer = create_optimizer_v2(
         model, opt="sgd", lr=SGD["lr"], momentum=SGD["momentum"], weight_decay=SGD["weight_decay"]
     )
-    if point.compiled and point.groups == 1:
+    if point.compiled:
         model = torch.compile(model, backend="inductor")
     scaler = NativeScaler(device=device.type) if point.dtype == "fp16" else None
     criterion = nn.CrossEntropyLoss()
