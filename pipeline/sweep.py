@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +134,8 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
         with MetricsWriter(folder / LOG_FILE) as record:
             teller = _Teller(console, record, planned, done=len(runs) - len(todo), total=len(runs))
             running = Jobs(commands, parts, teller)
-            running.run()
+            with closing(teller):
+                running.run()
     return teller.conclude(running.stopping, args)
 
 
@@ -315,6 +316,15 @@ class _Teller:
         self._status.update(Text(" · ".join(f"{job.name} {_progress(job.folder)}".rstrip() for job in jobs)))
         self._status.start()
 
+    def stopping(self) -> None:
+        """See `sweep_jobs.Watcher`."""
+        self._console.print("stopping: the runs save after the update that they are in; again: at once")
+
+    def close(self) -> None:
+        """Take the live line off the screen."""
+        if self._status is not None:
+            self._status.stop()
+
     def ended(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
         """See `sweep_jobs.Watcher`."""
         state = state_of(job.folder, self._planned[job.name].plan)
@@ -336,8 +346,6 @@ class _Teller:
     def conclude(self, stopped: bool, args: argparse.Namespace) -> int:
         """The last screen. Returns the exit code."""
         console = self._console
-        if self._status is not None:
-            self._status.stop()
         console.print()
         for job, code in self._failed:
             console.print(f"{job.name} failed with exit code {code}. The end of {job.log}:", markup=False)

@@ -32,7 +32,7 @@ LAST_LINES = 8
 """Of the log of a run that failed."""
 
 _TOLD_OF_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up before a fork
 _HEADER = "== "
 
 
@@ -69,6 +69,9 @@ class Watcher(Protocol):
 
     def running(self, jobs: Sequence[Job]) -> None:
         """These run at the moment; told again and again."""
+
+    def stopping(self) -> None:
+        """They were told to stop."""
 
 
 class Jobs:
@@ -108,6 +111,7 @@ class Jobs:
             while self._running or (self._waiting and not self.stopping):
                 if len(self._signals) > passed_on:
                     passed_on += 1  # one in each round: signals that come together are taken for one
+                    self._watcher.stopping()
                     self._tell_all()
                 if not self.stopping:
                     self._start_what_can_be()
@@ -178,8 +182,8 @@ def _start(job: Job, share: Share) -> subprocess.Popen:
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (root, variables.get("PYTHONPATH"))))
 
     def in_the_child() -> None:
-        if _LIBC is not None:
-            _LIBC.prctl(_TOLD_OF_PARENTS_DEATH, signal.SIGTERM)
+        if _PRCTL is not None:
+            _PRCTL(_TOLD_OF_PARENTS_DEATH, signal.SIGTERM)
         if share.cores:
             os.sched_setaffinity(0, share.cores)
 

@@ -73,7 +73,8 @@ class Machine:
         elif args.include or args.exclude:
             raise UserError("--include and --exclude filter a hostfile; give one with --hostfile")
         cores = tuple(sorted(os.sched_getaffinity(0)))
-        return cls(tuple(hosts.local_gpus()), cores, args.ranks, args.jobs, slots, tuple(options))
+        gpus = tuple(hosts.local_gpus()) if slots is None else ()
+        return cls(gpus, cores, args.ranks, args.jobs, slots, tuple(options))
 
     @property
     def units(self) -> int:

@@ -257,6 +257,14 @@ def test_what_each_run_is_started_with(write_sweep):
     assert (again.recipe.seed, again.recipe.data, again.recipe.run) == (1, "x y", "out/a/seed-1")
 
 
+def test_progress_is_read_from_the_end_of_a_record_that_is_being_written(tmp_path):
+    assert sweep._progress(tmp_path) == ""
+    lines = [{"event": "start"}, *({"event": "train", "epoch": number / 100} for number in range(900)), {"event": "x"}]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"event": "train", "epo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert sweep._progress(tmp_path) == "epoch 8.99"
+
+
 # ---------------------------------------------------------------- how far a run is
 
 

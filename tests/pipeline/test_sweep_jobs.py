@@ -109,6 +109,9 @@ class Seen:
     def ended(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
         self.events.append(("ended", job.name, code, stopping))
 
+    def stopping(self) -> None:
+        self.events.append(("stopping",))
+
     def running(self, jobs: Sequence[Job]) -> None:
         self.most = max(self.most, len(jobs))
 
@@ -141,10 +144,10 @@ def test_a_small_job_takes_what_a_large_one_cannot_use(tmp_path):
 
 def test_parts_are_whose_they_are(tmp_path):
     """GPUs at the same moment are different ones; cores are those of the share."""
-    script = 'echo "$CUDA_VISIBLE_DEVICES"; taskset -pc $$ | sed "s/.*: //"; read line || echo no input; sleep 0.5'
+    script = 'echo "$CUDA_VISIBLE_DEVICES"; taskset -pc $$ | sed "s/.*: //"; sleep 0.5'
     run([job(tmp_path, name, script, takes) for name, takes in (("a", 2), ("b", 1))], 3)
     said = {name: last_lines(tmp_path / "logs" / f"{name}.log") for name in "ab"}
-    assert said == {"a": ["0,1", f"{CORE}", "no input"], "b": ["2", f"{CORE}", "no input"]}
+    assert said == {"a": ["0,1", f"{CORE}"], "b": ["2", f"{CORE}"]}
     seen = Seen()
     Jobs([job(tmp_path, "c", 'echo "GPUs ${CUDA_VISIBLE_DEVICES-any}"; taskset -pc $$')], [Share((), ())], seen).run()
     devices, cores = last_lines(tmp_path / "logs" / "c.log")
@@ -189,6 +192,7 @@ def test_a_signal_is_passed_on_and_nothing_new_is_started(tmp_path, number):
     before = signal.getsignal(number)
     jobs.run()
     thread.join()
+    assert len(seen.of("stopping")) == 1
     assert jobs.stopping and signal.getsignal(number) == before
     assert seen.of("started") == [("a",), ("b",)]
     assert sorted(seen.of("ended")) == [("a", 75, True), ("b", 75, True)]
