@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.metrics import MetricsWriter, read_metrics
 from pipeline.record import RunRecord
+from pipeline.report import text
 from pipeline.report.scaling import Scaling, find_scalings
 from tests.conftest import tiny_config
 from tests.pipeline.report.conftest import text_of
@@ -174,8 +175,8 @@ def test_two_real_runs(tiny_shards, tmp_path, capsys):
     assert two["communication"] > one["communication"]
     page = text_of(Path(answer["report"]))
     assert "Weak scaling: 8 micro-batch × 2 accumulation on every rank" in page
-    assert f"{100 * two['efficiency']:.1f} %" in page
-    assert f"{100 * answer['rows'][1]['compute']:.1f} % compute, " in page
+    assert text.percent(two["efficiency"]) in page
+    assert f"{text.percent(answer['rows'][1]['compute'])} compute, " in page
     assert command(*folders) == 0
     out = capsys.readouterr().out
     assert "Weak scaling: 8 micro-batch × 2 accumulation on every rank" in out and "communication" in out
