@@ -147,6 +147,7 @@ def _plan(args: argparse.Namespace) -> int:
             images=resolved.batch.physical,
             size=max(recipe.transform.sizes),
             precision=experiment.precision,
+            averaged=recipe.model.ema is not None,
         )
         rows += transfer.describe(network, start)
     if args.json:

@@ -32,8 +32,9 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import lr_schedules
 
-from pipeline import precise_bn, rendezvous
-from pipeline.batch_norm import LogicalWorkerStatistics, make_ghosts
+from pipeline import checkpoint, precise_bn, rendezvous
+from pipeline.batch_norm import LogicalWorkerStatistics, average_statistics, make_ghosts
+from pipeline.ema import WeightAverage
 from pipeline.feed import Copier, Normalise
 from pipeline.float32 import allow_tf32
 from pipeline.loader import MicroBatch
@@ -196,9 +197,12 @@ class Engine:
         allow_tf32(plan.config.recipe.step.tf32)
         self._stochastic = is_stochastic(model)
         groups = with_body_rate(parameter_groups(model), model, plan.config.recipe.model.body_lr)
+        model = model.to(world.device)
+        ema = plan.config.recipe.model.ema
+        self.average = WeightAverage(model, ema) if ema is not None else None  # a copy, which DeepSpeed has no part in
         try:
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
-                model=model.to(world.device),
+                model=model,
                 model_parameters=groups,
                 config=deepspeed_config(plan, world.device.type),
             )
@@ -207,6 +211,8 @@ class Engine:
         assert isinstance(self.scheduler, GradualWarmupLR)
         # not before: initialize views every parameter as contiguous bytes
         self.model: nn.Module = self._engine.module.to(memory_format=torch.channels_last)
+        if self.average is not None:
+            self.average.model.to(memory_format=torch.channels_last)
         recipe = plan.config.recipe
         self._copy = Copier(world.device)
         self._normalise = Normalise(recipe.transform.mean, recipe.transform.std).to(world.device)
@@ -329,11 +335,24 @@ class Engine:
                 self._lr_used = self.optimizer.param_groups[0]["lr"]
                 self._engine.step()
         self._overflows.attempted()
+        if self.average is not None:
+            self.average.update(self.model, number + 1)
         return sums, ids
 
     def evaluation_mode(self) -> None:
         """Use running statistics; the next `update` goes back to training."""
         self._engine.eval()
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Around what shall see the average of the weights in their place; for a recipe that has one."""
+        assert self.average is not None
+        return self.average.in_place_of(self.model)
+
+    def average_statistics(self) -> None:
+        """Have all ranks hold the means over the ranks of BN's running statistics; every rank calls it."""
+        average_statistics(self.model)
+        if self.average is not None:
+            average_statistics(self.average.model)
 
     def recompute_statistics(self, batches: Iterable[MicroBatch]) -> None:
         """Replace BN's running statistics by those of the present weights over this rank's batches of training images.
@@ -345,12 +364,13 @@ class Engine:
             precise_bn.recompute(self.model, self.forward, batches)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides weights and position: optimizer tensors and the loss scale."""
+        """What a checkpoint keeps besides weights and position: optimizer tensors, loss scale, averaged weights."""
         scaler = self._engine.torch_autocast_z0_gradscaler
         return {
             "optimizer": self.optimizer.state_dict()["state"],
             "parameters": self._parameter_names(),
             "loss_scaler": scaler.state_dict() if scaler is not None else None,
+            **({checkpoint.AVERAGE: self.average.model.state_dict()} if self.average is not None else {}),
         }
 
     def restore(self, state: dict[str, Any], *, samples: int, step: int) -> None:
@@ -368,6 +388,9 @@ class Engine:
         if scaler is not None and scale and not self.plan.config.blocks.fp16.loss_scale:
             found = {key: scale[key] for key in ("scale", "_growth_tracker")}
             scaler.load_state_dict({**scaler.state_dict(), **found})
+        # without one in the checkpoint, it begins with the weights that were loaded from there
+        if self.average is not None and checkpoint.AVERAGE in state:
+            self.average.load(state[checkpoint.AVERAGE])
         self.scheduler.load_state_dict({"samples": samples})
         self._engine.global_steps = step
         self._engine.global_samples = samples

@@ -299,14 +299,15 @@ def print_summary(folder: Path, console: Console) -> None:
     last = median.epochs
     epochs = f"epochs {last[0]:.0f}–{last[-1]:.0f}" if len(last) > 1 else f"epoch {last[0]:.2g}"
     seconds = round(record.seconds)
+    averaged = f"; the average of its weights {finished['ema_top1']:.2f} %" if "ema_top1" in finished else ""
     console.print()
     console.print(
         f"[bold]top-1 {median.accuracy:.2f} %[/]   median of {epochs}, {finished['images']:,} images each   "
-        f"(last: {finished['top1']:.2f} % top-1, {finished['top5']:.2f} % top-5)   "
+        f"(last: {finished['top1']:.2f} % top-1, {finished['top5']:.2f} % top-5{averaged})   "
         f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02} total, "
         f"{100 * finished['steps_share']:.0f} % in steps"
     )
-    names = ("report.html", "metrics.jsonl", "config.resolved.json", "model.safetensors")
+    names = ("report.html", "metrics.jsonl", "config.resolved.json", "model.safetensors", "model_ema.safetensors")
     present = "  ".join(name for name in names if (folder / name).exists())
     console.print(f"{folder}/  {present}", markup=False)
     console.print(

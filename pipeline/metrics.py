@@ -15,7 +15,8 @@ waiting for a slower rank, of whatever it is slow), `compute` is the rest. Null 
                 step_seconds
     epoch       epoch samples images loss [top1] seconds images_per_second compute communication data_wait
     evaluation  epoch samples top1 top5 loss images seconds [precise_bn precise_bn_seconds: training images that BN's
-                statistics were recomputed over, and how long it took]
+                statistics were recomputed over, and how long it took] [ema_top1 ema_top5 ema_loss ema_seconds: of
+                the averaged weights] [weights: "ema" where they alone were measured, and all figures are theirs]
     decode      samples split images, and those of tally.FIELDS that are not 0: what decoded the images of an epoch
                 or an evaluation, of all ranks, with those that only fill its last micro-batches
     checkpoint  samples path seconds held: written when it is on disk; the training stood still for `held` seconds
@@ -24,7 +25,7 @@ waiting for a slower rank, of whatever it is slow), `compute` is the rest. Null 
     stopped     step samples why: saved before the end, because somebody wanted it to stop
     fault       kind rank host step message launch: a launch that failed; written by the launcher after it has ended
     launch      hosts step code message: likewise of every launch of `onehour launch` that others followed or could have
-    finished    samples top1 top5 images median_top1 median_epochs seconds steps_share
+    finished    samples top1 top5 images [ema_top1 ema_top5] median_top1 median_epochs seconds steps_share
 
 The file is only ever appended to; `pipeline.record` reads it as the history of one run.
 """

@@ -159,7 +159,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
 
 
-def describe(model: nn.Module, *, weight_decay: float, images: int, size: int, precision: str) -> list[tuple[str, str]]:
+def describe(
+    model: nn.Module, *, weight_decay: float, images: int, size: int, precision: str, averaged: bool = False
+) -> list[tuple[str, str]]:
     """The rows of the plan's page that need the built model: what decays, and memory.
 
     Activations are estimated as the outputs of all layers that training keeps for the backward pass, counted on the
@@ -169,14 +171,16 @@ def describe(model: nn.Module, *, weight_decay: float, images: int, size: int, p
     decayed, spared = (len(group["params"]) for group in parameter_groups(model))
     weights = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    state_bytes = weights * 4 + trained * 4 * 2  # weights, gradients, momentum, all fp32
+    copies = 1 + averaged  # of all weights
+    state_bytes = (weights * copies + trained * 2) * 4  # weights, gradients, momentum, all fp32
+    saved_bytes = (weights * copies + trained) * 4
     activations = _activation_bytes(model, images, size, 4 if precision == "fp32" else 2)
     memory = f"{filesize.decimal(state_bytes + activations)} per rank estimated" if activations else "not estimated"
     return [
         ("decay", f"{weight_decay:g} on {decayed} weights and biases; none on {spared} normalisation γ, β"),
         (
             "memory",
-            f"{memory} · {weights / 1e6:.1f} M parameters · checkpoints {filesize.decimal(weights * 4 + trained * 4)}",
+            f"{memory} · {weights / 1e6:.1f} M parameters · checkpoints {filesize.decimal(saved_bytes)}",
         ),
     ]
 

@@ -309,13 +309,22 @@ class Plan:
         return rows
 
     def _evaluation_rows(self) -> list[tuple[str, str]]:
-        """What is measured, where it is not the weights with their running statistics."""
-        updates = self.precise_updates
+        """What is measured, where it is not the weights with their running statistics alone."""
+        rows, updates = [], self.precise_updates
+        ema = self.config.recipe.model.ema
+        if ema is not None:
+            decay = f"decay {ema.decay:g} per update"
+            if ema.warmup:
+                decay += ", less at first"
+            else:
+                decay += f", {ema.decay**self.steps:.1%} of the first weights left at the end"
+            beside = "beside the weights, exported as model_ema.safetensors" if ema.evaluate == "beside" else "alone"
+            rows.append(("average", f"of all weights, {decay} · evaluated {beside} · not in the paper's recipe"))
         if not updates:
-            return []
+            return rows
         which = "the last update" if updates == 1 else f"the last {updates:,} updates"
         images = f"{updates * self.batch.train:,} training images of {which}"
-        return [("evaluation", f"BN's statistics recomputed before it over the {images}, and kept")]
+        return [*rows, ("evaluation", f"BN's statistics recomputed before it over the {images}, and kept")]
 
     def _augmentation_rows(self) -> list[tuple[str, str]]:
         """What is done to images beyond the paper's crop and flip."""

@@ -61,6 +61,7 @@ class Run:
                 images=plan.batch.physical,
                 size=max(recipe.transform.sizes),
                 precision=plan.config.precision,
+                averaged=recipe.model.ema is not None,
             )
             model_lines += transfer.describe(prepared.network, prepared.start)
         self.engine = Engine(prepared.network, plan, world)
@@ -239,16 +240,27 @@ class Run:
                 self.monitor.epoch(epoch=ended, samples=self.samples, loss=loss, top1=top1, window=sums.window)
             )
         if last or (ended is not None and ended % recipe.evaluation.every_epochs == 0):
-            result = self._evaluate()
+            result, average = self._evaluate()
             if self.monitor is not None:
-                parts.append(self.monitor.evaluation(samples=self.samples, result=result))
+                parts.append(self.monitor.evaluation(samples=self.samples, result=result, average=average))
         if self.monitor is not None:
             self.monitor.line(*parts)
         if last or self._save_due(before):
             self._save()
         self._timed_until = time.perf_counter()
 
-    def _evaluate(self) -> Result:
+    def _evaluate(self) -> tuple[Result, Result | None]:
+        """Measure what the recipe says, and beside it the average of the weights if that is to be measured too."""
+        ema = self.plan.config.recipe.model.ema
+        if ema is None:
+            return self._measure(), None
+        own = self._measure() if ema.evaluate == "beside" else None
+        with self.engine.averaged_weights():
+            average = self._measure()
+        return (average, None) if own is None else (own, average)
+
+    def _measure(self) -> Result:
+        """Measure the weights that the engine's model has now; every rank calls it."""
         recipe = self.plan.config.recipe
         split, world = self.validation_split, self.world
         images = len(split)
@@ -304,7 +316,7 @@ class Run:
         """Save a checkpoint; every rank calls it, rank 0 writes."""
         self.watch.at("saving", self.step, self.samples)
         self._saved_at = self.step
-        average_statistics(self.engine.model)
+        self.engine.average_statistics()
         # the loss of the last update was finite, but it was measured before its weights were changed
         broken = model.first_not_finite(self.engine.model)
         if broken is not None:
@@ -320,7 +332,12 @@ class Run:
             return
         self.saver.wait()
         recipe = self.plan.config.recipe
-        model.export(self.engine.model, self.folder / checkpoint.WEIGHTS_FILE, recipe.model, self.classes)
+        ema = recipe.model.ema
+        if ema is None or ema.evaluate == "beside":
+            model.export(self.engine.model, self.folder / checkpoint.WEIGHTS_FILE, recipe.model, self.classes)
+        if self.engine.average is not None and ema is not None:
+            name = checkpoint.AVERAGE_FILE if ema.evaluate == "beside" else checkpoint.WEIGHTS_FILE
+            model.export(self.engine.average.model, self.folder / name, recipe.model, self.classes)
         record = RunRecord.read(self.folder)
         if not record.evaluations:
             raise RuntimeError(f"{self.folder}: the run ended without an evaluation on record")
@@ -332,6 +349,7 @@ class Run:
             top1=final["top1"],
             top5=final["top5"],
             images=final["images"],
+            **{key: final[key] for key in ("ema_top1", "ema_top5") if key in final},
             median_top1=median.accuracy,
             median_epochs=list(median.epochs),
             seconds=seconds,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.augment_schema import AutoAugment, ColorJitter, Mixing, RandomErasing, Resolution
+from pipeline.options_schema import Ema
 from pipeline.section import Section, check_rectangles, lists_to_tuples
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -90,6 +91,7 @@ class Model(Section):
     new_head: bool = Field(False, description="a new classifier, even where the one of start_from has the right shape")
     freeze: list[str] = Field(default_factory=list, description='parameters that are not trained: ["layer1.*"]')
     body_lr: float = Field(1, gt=0, description="factor of the rate, for everything but the classifier")
+    ema: Ema | None = None
 
     @model_validator(mode="after")
     def _head_of_something(self) -> Model:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.metrics import is_number
+from pipeline.record import RunRecord, median_last_epochs
 from pipeline.report import text
 from pipeline.report.rows import LAST_EPOCHS, Row
 
@@ -40,9 +42,23 @@ def remarks(row: Row) -> list[str]:
         if whole is not None and any(images != whole for images in median.images):
             images = ", ".join(map(text.count, median.images))
             found.append(f"{name} was evaluated on {images} of {text.count(whole)} images: not the whole set.")
+        found += _averages(name, record)
     if len(set(row.seeds)) < len(row.seeds):
         found.append(f"{row.label}: a seed occurs more than once, so ± understates the spread.")
     return [*found, *row.notes]
+
+
+def _averages(name: str, record: RunRecord) -> list[str]:
+    """What to know of a run that averages its weights (`recipe.model.ema`)."""
+    if any(event.get("weights") == "ema" for event in record.evaluations):
+        return [f"{name}: its figures are those of the exponential average of its weights."]
+    beside = [{**event, "top1": event["ema_top1"]} for event in record.evaluations if is_number(event.get("ema_top1"))]
+    median = median_last_epochs(beside, LAST_EPOCHS)
+    if median is None:
+        return []
+    return [
+        f"{name}: the exponential average of its weights has error {text.number(median.error)} % over those epochs."
+    ]
 
 
 def _lack(row: Row) -> str:
