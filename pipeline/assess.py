@@ -19,6 +19,7 @@ from pipeline import checkpoint, config, model, resume, saves
 from pipeline.dataset import open_split
 from pipeline.decode import make_decoder
 from pipeline.evaluate import Result, evaluate
+from pipeline.feed import Copier, Normalise
 from pipeline.float32 import allow_tf32
 from pipeline.loader import Loader, default_threads, evaluation_requests
 from pipeline.readers import evaluation_reader, reads_in_sequence
@@ -30,10 +31,10 @@ from shards.fetch import mask
 def run(args: argparse.Namespace) -> int:
     """Evaluate what `args.weights` names, in fp32 whatever it was trained in, and print the result."""
     weights, run_folder = _find(args.weights)
-    config_path = args.config or (run_folder / checkpoint.RESOLVED_FILE if run_folder else None)
+    config_path = args.config or (run_folder / config.RESOLVED_FILE if run_folder else None)
     if config_path is None or not (args.config or config_path.exists()):
         raise UserError(
-            f"{args.weights}: there is no {checkpoint.RESOLVED_FILE} beside the weights",
+            f"{args.weights}: there is no {config.RESOLVED_FILE} beside the weights",
             "Say how they were trained: --config ds_configs/X.json",
         )
     overrides = [f"recipe.data={json.dumps(args.data)}", "recipe.stream=null"] if args.data else []
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     network = model.create(recipe.model, len(split.classes), recipe.seed, (recipe.transform.size,))
     checkpoint.load_weights(weights, network)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    copy = Copier(device)
     allow_tf32(False)
     micro = recipe.evaluation.micro_batch_size or 64
     requests = evaluation_requests(len(split), micro, recipe.transform.size, 0, 1, contiguous=reads_in_sequence(split))
@@ -60,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
             requests,
             threads=default_threads(1),
             prefetch=recipe.loader.prefetch,
-            pin=device.type == "cuda",
+            copied_on=copy.stream,
         ) as batches,
     ):
         result = evaluate(
-            _fp32_forward(network.to(device).eval(), recipe.transform, device),
+            _fp32_forward(network.to(device).eval(), recipe.transform, copy, device),
             batches,
             images=len(split),
             device=device,
@@ -73,16 +75,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fp32_forward(network: nn.Module, transform: Transform, device: torch.device):
-    normalise = model.Normalise(transform.mean, transform.std, device)
-    return lambda images: network(normalise(images))
+def _fp32_forward(network: nn.Module, transform: Transform, copy: Copier, device: torch.device):
+    normalise = Normalise(transform.mean, transform.std).to(device)
+    return lambda images: network(normalise(copy(images)))
 
 
 def _find(path: Path) -> tuple[Path, Path | None]:
     """The weights file that `path` means, and the run folder it belongs to, if it does."""
     if path.is_file():
         candidates = [path.parent, path.parent.parent.parent]
-        return path, next((folder for folder in candidates if (folder / checkpoint.RESOLVED_FILE).exists()), None)
+        return path, next((folder for folder in candidates if (folder / config.RESOLVED_FILE).exists()), None)
     if (path / resume.STATE_FILE).exists():
         saves.verify(path)
         return path / checkpoint.WEIGHTS_FILE, path.parent.parent

@@ -1,15 +1,19 @@
 """The batch triangle: kn images per update = k logical workers × n images, divided over W ranks.
 
 k and n come from the configuration, so BN's n, the divisor kn, the learning rate and the data are the same on any
-W that divides k; each rank runs k/W logical workers one after the other (gradient accumulation).
+W that divides k; each rank runs k/W logical workers, one after the other (gradient accumulation) or several at once
+(ghost batches).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config import Config
 from shards.errors import UserError
+
+WELL_FILLED = 256
+"""Images at once with which a GPU of today is busy; more gain little and need memory."""
 
 
 @dataclass(frozen=True)
@@ -21,29 +25,62 @@ class Batch:
         micro: n, images per logical worker, over which BN normalises (`train_micro_batch_size_per_gpu`).
         accumulation: logical workers per rank (`gradient_accumulation_steps`).
         world_size: W, ranks.
+        together: logical workers of a rank whose images go through the model at once (ghost batches); it divides
+            accumulation.
     """
 
     train: int
     micro: int
     accumulation: int
     world_size: int
+    together: int = 1
 
     @property
     def logical_workers(self) -> int:
         """k: the workers of the paper."""
         return self.accumulation * self.world_size
 
+    @property
+    def physical(self) -> int:
+        """Images that go through the model at once: n, or several times n."""
+        return self.micro * self.together
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a rank per update."""
+        return self.accumulation // self.together
+
     def deepspeed(self) -> dict[str, int]:
-        """The three keys as DeepSpeed reads them."""
+        """The three keys of the configuration, all given."""
         return {
             "train_batch_size": self.train,
             "train_micro_batch_size_per_gpu": self.micro,
             "gradient_accumulation_steps": self.accumulation,
         }
 
+    def for_engine(self) -> dict[str, int]:
+        """The same keys for DeepSpeed's engine, which need not know of workers that go through the model at once."""
+        return {
+            "train_batch_size": self.train,
+            "train_micro_batch_size_per_gpu": self.physical,
+            "gradient_accumulation_steps": self.passes,
+        }
+
 
 def resolve(config: Config, world_size: int) -> Batch:
-    """Derive the sizes that the file leaves open, by DeepSpeed's own rules.
+    """The sizes of one update on `world_size` ranks; see `divide` for what is derived and raised."""
+    batch = divide(config, world_size)
+    step = config.recipe.step
+    if step.ghost_batches == "auto":
+        most = max(1, WELL_FILLED // batch.micro) if step.compile else 1
+    else:
+        most = step.ghost_batches
+    divisors = [workers for workers in range(1, batch.accumulation + 1) if batch.accumulation % workers == 0]
+    return replace(batch, together=max(workers for workers in divisors if workers <= most))
+
+
+def divide(config: Config, world_size: int) -> Batch:
+    """Divide kn images over the ranks: derive the sizes that the file leaves open, by DeepSpeed's own rules.
 
     Args:
         config: gives one to three of the three keys.

@@ -28,12 +28,12 @@ from pipeline import saves
 from pipeline.model import exported
 from pipeline.plan import Plan
 from pipeline.resume import Checkpoint, Facts
-from pipeline.saves import OPTIMIZER_FILE, WEIGHTS_FILE
+from pipeline.saves import AVERAGE_FILE, OPTIMIZER_FILE, WEIGHTS_FILE
 from shards.errors import UserError
 from shards.files import sync_folder, write_whole
 
-RESOLVED_FILE = "config.resolved.json"
-"""In the run folder: the configuration with every default, which `config.load` accepts again."""
+AVERAGE = "ema"
+"""Key of the averaged weights in the state that is saved with a model; they have a file of their own."""
 
 
 def save(
@@ -52,7 +52,7 @@ def save(
     Args:
         plan: of the run.
         weights: the model's state, by name.
-        optimizer_state: tensors and plain containers.
+        optimizer_state: tensors and plain containers; under AVERAGE, if there are any, averaged weights by name.
         samples: consumed.
         step: updates done.
         classes: that the network tells apart.
@@ -72,10 +72,15 @@ def save(
         saves.sweep(run)
         _check_space(folder, weights, optimizer_state)
         partial.mkdir()
+        recipe = plan.config.recipe.model
+        rest = {key: value for key, value in optimizer_state.items() if key != AVERAGE}
         digests = {
-            WEIGHTS_FILE: _write(partial / WEIGHTS_FILE, exported(weights, plan.config.recipe.model, classes)),
-            OPTIMIZER_FILE: _write(partial / OPTIMIZER_FILE, _pickled(optimizer_state)),
+            WEIGHTS_FILE: _write(partial / WEIGHTS_FILE, exported(weights, recipe, classes)),
+            OPTIMIZER_FILE: _write(partial / OPTIMIZER_FILE, _pickled(rest)),
         }
+        if AVERAGE in optimizer_state:
+            averaged = exported(optimizer_state[AVERAGE], recipe, classes)
+            digests[AVERAGE_FILE] = _write(partial / AVERAGE_FILE, averaged)
         checkpoint = Checkpoint(final, samples, step, Facts.of(plan), digests, plan.batch.world_size)
         _write(partial / saves.STATE_FILE, saves.seal(checkpoint.state()).encode())
         sync_folder(partial)
@@ -91,14 +96,17 @@ def save(
 
 
 def load(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
-    """Check the digests, load the weights into `model`, and return the optimizer's state.
+    """Check the digests, load the weights into `model`, and return the rest of the state as it was given to `save`.
 
     Raises:
         UserError: a file is missing or damaged, or does not fit the model.
     """
     saves.verify(checkpoint.folder)  # `find_latest` did, and then it costs nothing
     load_weights(checkpoint.folder / WEIGHTS_FILE, model)
-    return torch.load(checkpoint.folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    state = torch.load(checkpoint.folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    if AVERAGE_FILE in checkpoint.digests:
+        state[AVERAGE] = load_file(checkpoint.folder / AVERAGE_FILE)
+    return state
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

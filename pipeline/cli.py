@@ -1,4 +1,4 @@
-"""The `onehour` command: plan, train, evaluate, report, audit, checkpoints, doctor."""
+"""The `onehour` command: plan, train, launch, sweep, evaluate, report, audit, checkpoints, doctor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 1 not done, 2 a mistake of the user's."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "launch"):
+    if rest and args.command not in ("train", "launch", "sweep"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         # imported here, so that `plan` starts without what the others need
@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipeline import launch
 
             return launch.run(args, rest)
+        if args.command == "sweep":
+            from pipeline import sweep
+
+            return sweep.run(args, rest)
         if args.command == "evaluate":
             from pipeline import assess
 
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pipeline import doctor, inventory, launch, report
+    from pipeline import doctor, inventory, launch, report, scaling_page, sweep
     from pipeline.experiment import add_config_arguments
 
     parser = argparse.ArgumentParser(
@@ -70,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--build-model", action="store_true", help="also build the model, for its decay groups and memory (slower)"
     )
     plan.add_argument("--json", action="store_true", help="the numbers and the resolved DeepSpeed JSON, for scripts")
+    scaling_page.add_arguments(plan)
 
     train = commands.add_parser("train", help="train, on this machine or on a hostfile's")
     launch.add_arguments(train)
@@ -77,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     supervised = commands.add_parser("launch", help="train on a hostfile's hosts, and go on without one that fails")
     launch.add_arguments(supervised)
     launch.add_supervisor_arguments(supervised)
+
+    sweep_parser = commands.add_parser("sweep", help="train the runs of a table or a figure, those that are missing")
+    sweep.add_arguments(sweep_parser)
 
     evaluate = commands.add_parser("evaluate", help="measure weights or a checkpoint on the whole split, in fp32")
     evaluate.add_argument("weights", type=Path, help="a .safetensors file, a checkpoint folder, or a run folder")
@@ -101,9 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from pipeline import config, launch, plan, resume
-    from pipeline.experiment import open_run, overrides_of
+    from pipeline import config, launch, plan, resume, scaling_page
+    from pipeline.experiment import check_start_weights, open_run, overrides_of
 
+    scaling = scaling_page.wanted(args)
     experiment = config.load(args.config, overrides_of(args))
     where, local_ranks = "", None
     if args.world_size is not None:
@@ -121,18 +130,26 @@ def _plan(args: argparse.Namespace) -> int:
         resolved, train, _ = open_run(experiment, world_size, local_ranks)
         classes = len(train.classes)
         goes_on = resume.outlook(resolved, lambda damage: print(f"onehour: WARNING   {damage}", file=sys.stderr))
+        if not goes_on:
+            check_start_weights(experiment)
+    if scaling:
+        return scaling_page.run(args, resolved, classes, local_ranks if args.hostfile else None)
     rows = None
     if args.build_model:
-        from pipeline import model
+        from pipeline import model, transfer
 
         recipe = experiment.recipe
+        network = model.create(recipe.model, classes, recipe.seed, recipe.transform.sizes)
+        start = transfer.prepare(network, recipe.model, resumes=bool(goes_on))
         rows = model.describe(
-            model.create(recipe.model, classes, recipe.seed, recipe.transform.sizes),
+            network,
             weight_decay=experiment.blocks.optimizer.params.get("weight_decay", 0),
-            micro=resolved.batch.micro,
+            images=resolved.batch.physical,
             size=max(recipe.transform.sizes),
             precision=experiment.precision,
+            averaged=recipe.model.ema is not None,
         )
+        rows += transfer.describe(network, start)
     if args.json:
         print(json.dumps(resolved.summary() | {"resume": goes_on}, indent=2))
     else:

@@ -1,4 +1,4 @@
-"""Loading a configuration: the file, the overrides of the command line, and strict validation of both.
+"""Loading a configuration: the file, what it extends, the overrides, and strict validation of all of it.
 
 `load` answers with a `Config`, which is checked but does not yet know how many ranks will run it; `batch` and
 `plan` bring those together. Every mistake is a `UserError` that names the file and the JSON path.
@@ -6,20 +6,24 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import hjson
 from pydantic import BaseModel, ValidationError
 
-from pipeline import deepspeed_keys, schema
+from pipeline import config_file, deepspeed_keys, schema
 from pipeline.deepspeed_keys import did_you_mean
 from pipeline.deepspeed_schema import DeepSpeedBlocks
 from shards.errors import UserError
+
+RESOLVED_FILE = "config.resolved.json"
+"""In the run folder: the configuration with every default, which `load` accepts again."""
+
+COMPILING_SECONDS = 3600.0
+"""How long a model may take to compile; ranks of one host share its cores."""
 
 Validated = TypeVar("Validated", bound=BaseModel)
 
@@ -34,6 +38,7 @@ class Config:
         blocks: the DeepSpeed keys, typed, defaults filled in.
         recipe: the `recipe` section, typed, defaults filled in.
         overrides: the `--set` arguments as given.
+        bases: the files that it extends, the one that extends nothing first.
     """
 
     path: Path
@@ -41,6 +46,7 @@ class Config:
     blocks: DeepSpeedBlocks
     recipe: schema.Recipe
     overrides: tuple[str, ...] = ()
+    bases: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,6 +62,14 @@ class Config:
     def lr(self) -> float:
         """The learning rate at `recipe.reference_batch`."""
         return self.blocks.optimizer.params["lr"]
+
+    @property
+    def watchdog(self) -> schema.Watchdog:
+        """`recipe.watchdog`, with the patience that compiling needs: nothing gets any further meanwhile."""
+        watchdog = self.recipe.watchdog
+        if not self.recipe.step.compile or not watchdog.stuck_seconds:
+            return watchdog
+        return watchdog.model_copy(update={"stuck_seconds": max(watchdog.stuck_seconds, COMPILING_SECONDS)})
 
     @property
     def precision(self) -> str:
@@ -75,79 +89,42 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and validate a configuration file.
 
     Args:
-        path: a DeepSpeed JSON file with a `recipe` section. As in DeepSpeed, comments and trailing commas are
-            fine and duplicate keys are not.
+        path: a DeepSpeed JSON file with a `recipe` section, or one that extends such a file (`config_file.read`).
         overrides: `path.to.key=value` each; the value is JSON, or a string if it is not.
 
     Raises:
         UserError: anything that would make DeepSpeed or the recipe do something other than what is written.
     """
     path = Path(path)
-    raw = _read(path)
-    for override in overrides:
-        _apply_override(raw, override)
+    raw, files = config_file.read(path, overrides)
     place = str(path)
     deepspeed_keys.check_top_level(place, raw)
     deepspeed_keys.check_values(place, raw)
-    blocks = _validate(place, DeepSpeedBlocks, {k: v for k, v in raw.items() if k != "recipe"}, "")
+    blocks = validate(place, DeepSpeedBlocks, {k: v for k, v in raw.items() if k != "recipe"}, "")
     deepspeed_keys.check_optimizer(place, blocks.optimizer)
     if sum((blocks.fp16.enabled, blocks.bf16.enabled, blocks.torch_autocast.enabled)) > 1:
         raise UserError(
             f"{place}: more than one of fp16, bf16 and torch_autocast is enabled",
             "Enable one of them; leave all out for fp32.",
         )
-    recipe = _validate(place, schema.Recipe, raw["recipe"], "recipe")
-    config = Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=tuple(overrides))
+    recipe = validate(place, schema.Recipe, raw["recipe"], "recipe")
+    config = Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=tuple(overrides), bases=files[:-1])
     deepspeed_keys.check_precision(place, config.precision, blocks.optimizer, tf32=recipe.step.tf32)
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f'{path}: the key "{key}" appears twice in one object', "Remove one of them.")
-        return dict(pairs)
+def validate(place: str, model: type[Validated], values: Any, prefix: str = "") -> Validated:
+    """Values as a section.
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        known = sorted(p.stem for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.stem, known, n=1)
-        mend = [f"Did you mean {path.parent / near[0]}.json?"] if near else []
-        raise UserError(f"{path}: there is no such configuration file", *mend) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
-    try:
-        raw = hjson.loads(text, object_pairs_hook=no_duplicates)
-    except (hjson.HjsonDecodeError, OverflowError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a configuration is a JSON object, this is a {type(raw).__name__}")
-    return raw
+    Args:
+        place: what messages begin with: the file.
+        model: the section's type.
+        values: as read from the file.
+        prefix: the section's path in the file.
 
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key_path, separator, text = override.partition("=")
-    if not separator or not key_path:
-        raise UserError(
-            f"--set {override}: not of the form path.to.key=value", "Example: --set optimizer.params.lr=0.4"
-        )
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, last = key_path.split(".")
-    section = raw
-    for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
-            raise UserError(f'--set {override}: "{parent}" is a value, not a section')
-    section[last] = value
-
-
-def _validate(place: str, model: type[Validated], values: Any, prefix: str) -> Validated:
+    Raises:
+        UserError: every value that is not as the section has it, with its path.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as failure:

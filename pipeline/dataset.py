@@ -182,6 +182,8 @@ def residence(
         return None
     # the window in use, the one that lookahead reaches, and the short one that may lie between at an epoch's end
     windows = 2 + math.ceil(max(windowed.span, (recipe.loader.prefetch + 1) * windowed.update) / windowed.span)
+    if recipe.evaluation.precise_bn:
+        windows *= 2  # the images of the last updates are read again while training holds what it goes on with
     mean = len(train) / len(train.shards)
     shards = min(math.ceil(windowed.window / mean) + 1, len(train.shards))
     return Residence(

@@ -27,7 +27,7 @@ REFUSED_KEYS = {
     "activation_checkpointing": "no timm model calls deepspeed.checkpointing, so it has no effect",
     "aio": "it is for ZeRO's offloading to NVMe, and ZeRO is not used",
     "checkpoint": "checkpoints are the trainer's own, set by recipe.checkpoint",
-    "compile": "the engine is not compiled, so it has no effect",
+    "compile": "it has no effect by itself: recipe.step.compile compiles the model",
     "dataloader_drop_last": "the data loader is the trainer's own, and drops nothing",
     "datastates_ckpt": "checkpoints are the trainer's own, set by recipe.checkpoint",
     "disable_allgather": "DeepSpeed reads it and does nothing with it",

@@ -15,13 +15,17 @@ from pipeline.loader import MicroBatch
 
 @dataclass(frozen=True)
 class Result:
-    """An evaluation; accuracies in percent, loss per image."""
+    """An evaluation; accuracies in percent, loss per image.
+
+    `statistics_seconds` is what recomputing BN's statistics took before it, and None where they were not.
+    """
 
     top1: float
     top5: float
     loss: float
     images: int
     seconds: float
+    statistics_seconds: float | None = None
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from pathlib import Path
 
 from pipeline import plan as plans
 from pipeline.config import Config
@@ -56,13 +57,47 @@ def open_run(config: Config, world_size: int, local_ranks: range | None = None) 
         UserError: shards missing, empty or not matching their index; batch sizes that do not divide; a cache that
             is too small for the order.
     """
-    train = open_split(config.recipe, "train")
-    validation = open_split(config.recipe, config.recipe.evaluation.split)
+    splits = open_splits(config)
+    return plan_run(config, world_size, splits, local_ranks), *splits
+
+
+def open_splits(config: Config) -> tuple[AnySplit, AnySplit]:
+    """The training and the validation split. Raises UserError: they are missing, or not as their index says."""
+    recipe = config.recipe
+    return open_split(recipe, "train"), open_split(recipe, recipe.evaluation.split)
+
+
+def plan_run(
+    config: Config, world_size: int, splits: tuple[AnySplit, AnySplit], local_ranks: range | None = None
+) -> Plan:
+    """Resolve the plan for splits that are open; arguments and errors are `open_run`'s."""
+    train, validation = splits
     plan = plans.resolve(config, world_size, train=train, validation=validation)
     ranks = local_ranks or range(1)  # a host runs one at least
     workers = range(ranks.start * plan.batch.accumulation, ranks.stop * plan.batch.accumulation)
     check_capacity(config, plan.order, train, validation, workers, len(ranks))
-    return plan, train, validation
+    return plan
+
+
+def check_start_weights(config: Config) -> None:
+    """Refuse a file of weights to start from that is not there; what is in it, only the ranks look at.
+
+    For a run that begins: one that goes on does not read it.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    source = config.recipe.model.start_from
+    if source in (None, "timm"):
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "there is no such file"
+        inside = path / "model.safetensors"
+        raise UserError(
+            f"{config.path}: recipe.model.start_from: {path}: {what}",
+            *([f"The weights that the run exported: {inside}"] if inside.is_file() else []),
+        )
 
 
 def check_monitors(config: Config) -> None:

@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument(
         "--export", nargs=2, metavar=("STEP", "OUT"), help="copy the weights of a save to OUT, a new .safetensors file"
     )
+    parser.add_argument("--ema", action="store_true", help="with --export: the averaged weights, of recipe.model.ema")
     action.add_argument(
         "--prune", type=int, metavar="KEEP", help="remove what is older than the KEEP newest saves that are whole"
     )
@@ -68,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.run.is_dir():
         raise UserError(f"{args.run}: no such run folder", "Give the folder that training wrote.")
     if args.export is not None:
-        return _export(args.run, *args.export)
+        return _export(args.run, *args.export, name=saves.AVERAGE_FILE if args.ema else saves.WEIGHTS_FILE)
+    if args.ema:
+        raise UserError("--ema says which weights --export copies: give both, or none")
     removed: list[Path] = []
     if args.prune is not None:
         if args.prune < 1:
@@ -120,7 +123,7 @@ def _continues_from(run_folder: Path, rows: list[Row]) -> int | None:
     return next((row.step for row in order if row.damage is None), None)
 
 
-def _export(run_folder: Path, step: str, out: str) -> int:
+def _export(run_folder: Path, step: str, out: str, *, name: str) -> int:
     saved = dict(saves.saved_steps(run_folder))
     folder = saved.get(int(step)) if step.isdecimal() else None
     if folder is None:
@@ -132,9 +135,12 @@ def _export(run_folder: Path, step: str, out: str) -> int:
     if not target.parent.is_dir():
         raise UserError(f"{target.parent}: no such folder")
     saves.verify(folder)
-    with whole_file(target) as file, (folder / saves.WEIGHTS_FILE).open("rb") as weights:
+    if not (folder / name).exists():
+        raise UserError(f"{folder}: no {name}: the run does not average its weights (recipe.model.ema)")
+    with whole_file(target) as file, (folder / name).open("rb") as weights:
         shutil.copyfileobj(weights, file)
-    print(f"{target}   {filesize.decimal(target.stat().st_size)}, the weights of step {step}")
+    averaged = " averaged" * (name == saves.AVERAGE_FILE)
+    print(f"{target}   {filesize.decimal(target.stat().st_size)}, the{averaged} weights of step {step}")
     return 0
 
 

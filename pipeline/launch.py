@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from pipeline import batch, config, environment, hosts, launcher, reach, resume
 from pipeline.config import Config
-from pipeline.experiment import add_config_arguments, check_monitors, open_run, overrides_of
+from pipeline.experiment import add_config_arguments, check_monitors, check_start_weights, open_run, overrides_of
 from pipeline.fault import FAILED, FINISHED, STOPPED, Fault, faults_of
 from pipeline.lease import Lease
 from pipeline.metrics import FILE_NAME, MetricsWriter, read_metrics
@@ -222,6 +222,7 @@ class Launch:
                 pass  # rank 0 holds it while it trains: a second training must not touch the first one's folder
         options, variables = self._prepare_hosts(ranks)
         if self.fresh:
+            check_start_weights(self.experiment)
             _set_aside(self.folder, self.console)
             self.fresh = False
         saved = resume.find_latest(
@@ -239,6 +240,8 @@ class Launch:
         elif (self.folder / FILE_NAME).exists():
             # nothing to resume from: the record of the attempt is kept, but it is not this run's
             _set_aside(self.folder, self.console)
+        if saved is None:
+            check_start_weights(self.experiment)
         events_before = len(read_metrics(self.folder / FILE_NAME)) if (self.folder / FILE_NAME).exists() else 0
         with Lease(self.folder) as lease, environment.travelling(variables, self.launcher) as file:
             ended = launcher.run_launcher(
@@ -296,14 +299,15 @@ def print_summary(folder: Path, console: Console) -> None:
     last = median.epochs
     epochs = f"epochs {last[0]:.0f}–{last[-1]:.0f}" if len(last) > 1 else f"epoch {last[0]:.2g}"
     seconds = round(record.seconds)
+    averaged = f"; the average of its weights {finished['ema_top1']:.2f} %" if "ema_top1" in finished else ""
     console.print()
     console.print(
         f"[bold]top-1 {median.accuracy:.2f} %[/]   median of {epochs}, {finished['images']:,} images each   "
-        f"(last: {finished['top1']:.2f} % top-1, {finished['top5']:.2f} % top-5)   "
+        f"(last: {finished['top1']:.2f} % top-1, {finished['top5']:.2f} % top-5{averaged})   "
         f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02} total, "
         f"{100 * finished['steps_share']:.0f} % in steps"
     )
-    names = ("report.html", "metrics.jsonl", "config.resolved.json", "model.safetensors")
+    names = ("report.html", "metrics.jsonl", "config.resolved.json", "model.safetensors", "model_ema.safetensors")
     present = "  ".join(name for name in names if (folder / name).exists())
     console.print(f"{folder}/  {present}", markup=False)
     console.print(

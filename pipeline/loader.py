@@ -58,8 +58,8 @@ class MicroBatch:
 
     Attributes:
         images: uint8 of shape (n, 3, size, size) in channels_last memory; not normalised. Copies of them to a device
-            must be made, before the last reference to them is dropped, on the current stream of the thread that asks
-            for batches, or on one that it waits for: their memory is then filled again once that stream is done.
+            must be made, before the last reference to them is dropped, on the stream that the loader was given: their
+            memory is then filled again once that stream is done.
         labels: int64 of shape (n,).
         weights: float32 of shape (n,).
         ids: sample ids, int64 of shape (n,).
@@ -76,18 +76,19 @@ def training_requests(
 ) -> Iterator[Request]:
     """The micro-batches of one rank, from update `first_update` (0-based) to the end of the run.
 
+    Logical workers that go through the model at once are one micro-batch here: a rank's are next to each other.
     All images of an update have one size, that of the epoch in which it begins.
     """
-    weights = np.ones(batch.micro, dtype=np.float32)
+    weights = np.ones(batch.physical, dtype=np.float32)
     for update in range(first_update, updates):
         size = transform.training_size(update * batch.train / order.samples)
-        for micro_step in range(batch.accumulation):
+        for micro_step in range(batch.passes):
             start, stop = micro_batch_positions(
                 update,
                 micro_step,
                 rank,
-                micro=batch.micro,
-                accumulation=batch.accumulation,
+                micro=batch.physical,
+                accumulation=batch.passes,
                 world_size=batch.world_size,
             )
             positions = np.arange(start, stop, dtype=np.int64)
@@ -129,7 +130,7 @@ class Loader:
         requests: what to load, in order.
         threads: decoding threads.
         prefetch: micro-batches loaded ahead of the one being used.
-        pin: allocate in pinned memory, for copies to a GPU that overlap with its work; see `slabs.SlabRing`.
+        copied_on: the stream that the images are copied to a GPU on; see `slabs.SlabRing`.
 
     Raises:
         UserError: while iterating, when a sample of the micro-batch asked for cannot be read or decoded; it names
@@ -145,7 +146,7 @@ class Loader:
         *,
         threads: int,
         prefetch: int,
-        pin: bool = False,
+        copied_on: torch.cuda.Stream | None = None,
     ) -> None:
         self.reader = reader
         self.decoder = decoder
@@ -156,7 +157,7 @@ class Loader:
         self._stop = np.zeros(1, np.uint8)
         self._failure: Exception | None = None
         self._pool = decode_pool(threads)
-        self._ring = SlabRing(prefetch + 2, pin=pin)
+        self._ring = SlabRing(prefetch + 2, copied_on=copied_on)
         self._pending: deque[_Pending] = deque()
 
     def __iter__(self) -> Iterator[MicroBatch]:

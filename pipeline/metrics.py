@@ -3,15 +3,20 @@
 Every line has `event` and `time` (wall clock, ISO-8601 UTC with milliseconds). Shares are 0 … 1, accuracies are
 percent, durations are seconds, `samples` counts training images consumed since the run began, `epoch` is
 samples / train_samples. A number that was not finite is null. Of images that `recipe.mixing` mixed, the top1 of
-`train` and `epoch` is of the class with the larger share.
+`train` and `epoch` is of the class with the larger share. What the time of updates went into is of rank 0: `data_wait`
+stood still for images, `communication` for gradients of other ranks (not what goes on beside the backward pass; but
+waiting for a slower rank, of whatever it is slow), `compute` is the rest. Null where it was not measured.
 
     start       config overrides model train_samples val_samples epochs seed world_size train_batch_size micro_batch
-                logical_workers accumulation reference_lr reference_batch peak_lr steps_per_epoch steps order
-                decoder precision index_digest run device host plan versions resumed_from
+                logical_workers accumulation workers_at_once reference_lr reference_batch peak_lr steps_per_epoch steps
+                order decoder precision index_digest run device host plan versions resumed_from
     resume      samples path world_size saved_world_size: of the process that saved, or null
-    train       step samples epoch loss [top1] lr images_per_second data_wait skipped_steps step_seconds
-    epoch       epoch samples images loss [top1] seconds images_per_second data_wait
-    evaluation  epoch samples top1 top5 loss images seconds
+    train       step samples epoch loss [top1] lr images_per_second compute communication data_wait skipped_steps
+                step_seconds
+    epoch       epoch samples images loss [top1] seconds images_per_second compute communication data_wait
+    evaluation  epoch samples top1 top5 loss images seconds [precise_bn precise_bn_seconds: training images that BN's
+                statistics were recomputed over, and how long it took] [ema_top1 ema_top5 ema_loss ema_seconds: of
+                the averaged weights] [weights: "ema" where they alone were measured, and all figures are theirs]
     decode      samples split images, and those of tally.FIELDS that are not 0: what decoded the images of an epoch
                 or an evaluation, of all ranks, with those that only fill its last micro-batches
     checkpoint  samples path seconds held: written when it is on disk; the training stood still for `held` seconds
@@ -20,7 +25,7 @@ samples / train_samples. A number that was not finite is null. Of images that `r
     stopped     step samples why: saved before the end, because somebody wanted it to stop
     fault       kind rank host step message launch: a launch that failed; written by the launcher after it has ended
     launch      hosts step code message: likewise of every launch of `onehour launch` that others followed or could have
-    finished    samples top1 top5 images median_top1 median_epochs seconds steps_share
+    finished    samples top1 top5 images [ema_top1 ema_top5] median_top1 median_epochs seconds steps_share
 
 The file is only ever appended to; `pipeline.record` reads it as the history of one run.
 """

@@ -1,11 +1,10 @@
-"""The timm model as the paper trains it: initialisation, which weights decay, and batch normalisation's statistics."""
+"""The timm model as the paper trains it: its initialisation, which weights decay, and its weights in files."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.distributed as dist
 from rich import filesize
 from safetensors.torch import save
 from timm.layers import evo_norm, filter_response_norm, grn, inplace_abn, norm, norm_act, split_batchnorm
@@ -161,28 +159,33 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
 
 
-def describe(model: nn.Module, *, weight_decay: float, micro: int, size: int, precision: str) -> list[tuple[str, str]]:
+def describe(
+    model: nn.Module, *, weight_decay: float, images: int, size: int, precision: str, averaged: bool = False
+) -> list[tuple[str, str]]:
     """The rows of the plan's page that need the built model: what decays, and memory.
 
     Activations are estimated as the outputs of all layers that training keeps for the backward pass, counted on the
-    meta device at the given micro-batch; the true figure depends on fusion and the allocator. A model that does not
-    run there gets no figure.
+    meta device for as many images as go through it at once; the true figure depends on fusion and the allocator. A
+    model that does not run there gets no figure.
     """
     decayed, spared = (len(group["params"]) for group in parameter_groups(model))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    state_bytes = weights * 4 * 3  # weights, gradients, momentum, all fp32
-    activations = _activation_bytes(model, micro, size, 4 if precision == "fp32" else 2)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    copies = 1 + averaged  # of all weights
+    state_bytes = (weights * copies + trained * 2) * 4  # weights, gradients, momentum, all fp32
+    saved_bytes = (weights * copies + trained) * 4
+    activations = _activation_bytes(model, images, size, 4 if precision == "fp32" else 2)
     memory = f"{filesize.decimal(state_bytes + activations)} per rank estimated" if activations else "not estimated"
     return [
         ("decay", f"{weight_decay:g} on {decayed} weights and biases; none on {spared} normalisation γ, β"),
         (
             "memory",
-            f"{memory} · {weights / 1e6:.1f} M parameters · checkpoints {filesize.decimal(weights * 8)}",
+            f"{memory} · {weights / 1e6:.1f} M parameters · checkpoints {filesize.decimal(saved_bytes)}",
         ),
     ]
 
 
-def _activation_bytes(model: nn.Module, micro: int, size: int, element_bytes: int) -> int | None:
+def _activation_bytes(model: nn.Module, images: int, size: int, element_bytes: int) -> int | None:
     """Bytes of all layers' outputs, or None for a model that does not run on the meta device."""
     total = 0
 
@@ -192,90 +195,10 @@ def _activation_bytes(model: nn.Module, micro: int, size: int, element_bytes: in
             total += output.numel() * element_bytes
 
     try:
-        _forward(model, micro, size, "meta", count)
+        _forward(model, images, size, "meta", count)
     except Exception:  # whatever it is, an estimate must not end a training
         return None
     return total
-
-
-class Normalise:
-    """uint8 images on any device → float32 images on `device`, mean 0 and deviation 1 per channel.
-
-    Args:
-        mean, std: per channel, of pixels in 0 … 1.
-        device: where the images are needed; only bytes travel there.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
-        self.device = device
-        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
-        self._std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, 3, H, W) uint8 → (n, 3, H, W) float32, in the same memory format."""
-        return (images.to(self.device, non_blocking=True).float() - self._mean) / self._std
-
-
-# ---------------------------------------------------------------- batch normalisation
-
-
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The BN layers that keep running statistics."""
-    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
-
-
-class LogicalWorkerStatistics:
-    """Makes the running statistics of accumulated micro-batches those of as many workers, averaged.
-
-    k workers update their statistics once per update, r ← (1 − m)·r + m·s_j, and are averaged. One rank that runs g
-    of them in turn would update g times. With momentum m_i = m / (g − (g − i)·m) in micro-step i of g, its result is
-    (1 − m)·r + m·mean(s): what the g workers would have averaged to. So the statistics, like the weights, do not
-    depend on how many ranks share the k workers.
-
-    Args:
-        model: its BN layers; a layer without momentum (a cumulative average) is left alone.
-        accumulation: g.
-    """
-
-    def __init__(self, model: nn.Module, accumulation: int) -> None:
-        self._layers = [(layer, layer.momentum) for layer in batch_norms(model) if layer.momentum is not None]
-        self._accumulation = accumulation
-
-    @contextmanager
-    def update(self) -> Iterator[None]:
-        """Around one update: call `micro_step` before each forward pass; the layers' momentum is put back after."""
-        try:
-            yield
-        finally:
-            for layer, momentum in self._layers:
-                layer.momentum = momentum
-
-    def micro_step(self, index: int) -> None:
-        """Prepare the layers for micro-step `index` (0-based)."""
-        if self._accumulation == 1:
-            return
-        g, i = self._accumulation, index + 1
-        for layer, momentum in self._layers:
-            layer.momentum = momentum / (g - (g - i) * momentum)
-
-
-def average_statistics(model: nn.Module) -> None:
-    """Replace every rank's running statistics by their mean over all ranks (in float64).
-
-    DeepSpeed never synchronises buffers, so each rank's differ. The update is linear in the statistics: averaging
-    once before an evaluation or a save gives what averaging after every step would.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    pairs = [(layer.running_mean, layer.running_var) for layer in batch_norms(model)]
-    buffers = [buffer for pair in pairs for buffer in pair if buffer is not None]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
 
 
 # ---------------------------------------------------------------- weights in files

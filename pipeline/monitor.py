@@ -95,10 +95,10 @@ class Monitor:
 
         `loss` and `top1` (percent) are means over them, `skipped` counts withheld updates since this process began.
         """
-        rate, waiting = window.rates()
+        rate, shares = window.rate(), window.shares()
         epoch = self.plan.epoch(samples)
         remaining = float(self.plan.total_samples) - samples
-        figures = f"loss {loss:.3f}   lr {lr:.4g}   {rate:,.0f} img/s   data wait {100 * waiting:.1f} %"
+        figures = f"loss {loss:.3f}   lr {lr:.4g}   {rate:,.0f} img/s   data wait {100 * shares.data_wait:.1f} %"
         if skipped:
             figures += f"   {skipped} withheld"
         if rate:
@@ -120,7 +120,7 @@ class Monitor:
             top1=top1,
             lr=lr,
             images_per_second=rate,
-            data_wait=waiting,
+            **shares._asdict(),
             skipped_steps=skipped,
             step_seconds=window.seconds / max(1, window.steps),
         )
@@ -139,7 +139,6 @@ class Monitor:
 
     def epoch(self, *, epoch: int, samples: int, loss: float, top1: float, window: Window) -> str:
         """Record a finished epoch; returns the beginning of its line on the screen."""
-        rate, waiting = window.rates()
         self._metrics.write(
             "epoch",
             epoch=epoch,
@@ -148,13 +147,29 @@ class Monitor:
             loss=loss,
             top1=top1,
             seconds=window.seconds,
-            images_per_second=rate,
-            data_wait=waiting,
+            images_per_second=window.rate(),
+            **window.shares()._asdict(),
         )
         return f"epoch {epoch:>2}  train loss {loss:.3f}  top-1 {top1:.2f} %   {window.seconds:.1f} s"
 
-    def evaluation(self, *, samples: int, result: Result) -> str:
-        """Record an evaluation; returns its part of the epoch's line."""
+    def evaluation(self, *, samples: int, result: Result, average: Result | None = None) -> str:
+        """Record an evaluation; returns its part of the epoch's line.
+
+        Args:
+            samples: consumed.
+            result: of the weights that count.
+            average: of their average, where it is measured beside them.
+        """
+        more: dict[str, Any] = {}
+        ema = self.plan.config.recipe.model.ema
+        if average is not None:
+            measured = {"top1": average.top1, "top5": average.top5, "loss": average.loss, "seconds": average.seconds}
+            more |= {f"ema_{key}": value for key, value in measured.items()}
+        elif ema is not None:
+            more["weights"] = "ema"
+        if result.statistics_seconds is not None:
+            images = self.plan.precise_updates * self.plan.batch.train
+            more |= {"precise_bn": images, "precise_bn_seconds": result.statistics_seconds}
         self._metrics.write(
             "evaluation",
             epoch=self.plan.epoch(samples),
@@ -164,9 +179,15 @@ class Monitor:
             loss=result.loss,
             images=result.images,
             seconds=result.seconds,
+            **more,
         )
-        self.engine.write_events({"Validation/top1": result.top1, "Validation/top5": result.top5}, samples)
-        return f"val {result.top1:.2f} % top-1  {result.top5:.2f} % top-5  ({result.images:,} images)"
+        scalars = {"Validation/top1": result.top1, "Validation/top5": result.top5}
+        beside = ""
+        if average is not None:
+            scalars["Validation/ema_top1"] = average.top1
+            beside = f"   average {average.top1:.2f} %"
+        self.engine.write_events(scalars, samples)
+        return f"val {result.top1:.2f} % top-1  {result.top5:.2f} % top-5  ({result.images:,} images){beside}"
 
     def decoding(self, *, samples: int, split: str, tally: Tally) -> None:
         """Record who decoded the images of an epoch, or of an evaluation, of all ranks; warn of what was not normal."""

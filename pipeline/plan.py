@@ -22,6 +22,11 @@ from shards.errors import UserError
 from shards.fetch import mask
 from shards.remote import RemoteSplit
 
+SCALING_PAGE = {
+    "linear": "linear scaling rule, Goyal et al. §2.1",
+    "square_root": "square root scaling rule, not the paper's",
+    "none": "not scaled",
+}
 PRECISION_PAGE = {
     "fp32": "fp32 throughout, without TF32",
     "tf32": "fp32; convolutions and matrix products in TF32, ten bits of mantissa, on GPUs that have it",
@@ -61,6 +66,14 @@ class Plan:
     crop_indexes: int | None = None
 
     @property
+    def averages_gradients(self) -> bool:
+        """Whether `pipeline.overlap` averages the gradients; else it is DeepSpeed, with what is asked of it."""
+        blocks = self.config.blocks
+        plain = blocks.communication_data_type in (None, "fp32") and not blocks.prescale_gradients
+        watched = blocks.comms_logger.enabled or blocks.wall_clock_breakdown
+        return self.config.recipe.step.overlap and plain and blocks.gradient_predivide_factor == 1 and not watched
+
+    @property
     def steps_per_epoch(self) -> Fraction:
         """Updates per epoch; an epoch may end inside an update."""
         return Fraction(self.train_samples, self.batch.train)
@@ -74,6 +87,11 @@ class Plan:
     def steps(self) -> int:
         """Updates of the whole run; the last may reach past its end by part of a batch."""
         return math.ceil(self.total_samples / self.batch.train)
+
+    @property
+    def precise_updates(self) -> int:
+        """Whole updates whose images BN's statistics are recomputed over before an evaluation; 0 if they are not."""
+        return math.ceil(self.config.recipe.evaluation.precise_bn / self.batch.train)
 
     def epoch(self, samples: int) -> float:
         """The position `samples` in epochs."""
@@ -95,6 +113,7 @@ class Plan:
             "micro_batch": self.batch.micro,
             "logical_workers": self.batch.logical_workers,
             "accumulation": self.batch.accumulation,
+            "workers_at_once": self.batch.together,
             "reference_lr": float(self.schedule.reference_lr),
             "reference_batch": recipe.reference_batch,
             "peak_lr": float(self.schedule.peak_lr),
@@ -145,30 +164,34 @@ class Plan:
         )
         rows = [
             (config.name, f"{recipe.model.name} · {images} · {recipe.epochs:g} epochs · {config.path}"),
+            *([("extends", " → ".join(base.name for base in reversed(config.bases)))] if config.bases else []),
             (
                 "batch",
                 f"{batch.train:,} = {batch.micro} micro-batch × {batch.accumulation} accumulation × "
                 f"{batch.world_size} rank{'s' * (batch.world_size != 1)}{f' ({ranks})' if ranks else ''} · "
-                f"{batch.logical_workers} logical workers of n = {batch.micro}",
+                f"{batch.logical_workers} logical workers of n = {batch.micro}"
+                + (f", {batch.together} at once in {batch.passes} passes" if batch.together > 1 else ""),
             ),
             ("steps", f"{float(self.steps_per_epoch):,.2f} per epoch · {self.steps:,} in all{reaches}"),
             (
                 "rate",
                 f"{float(schedule.reference_lr):g} per {recipe.reference_batch} → peak {float(schedule.peak_lr):g} "
-                f"(× {float(Fraction(batch.train, recipe.reference_batch)):g}) · "
-                "linear scaling rule, Goyal et al. §2.1",
+                f"(× {float(schedule.peak_lr / schedule.reference_lr):g}) · {SCALING_PAGE[recipe.scaling]}",
             ),
             ("", self._warmup_line()),
         ]
-        rows += [("", line) for line in self._milestone_lines()]
+        rows += [("", line) for line in (*self._milestone_lines(), *self._decay_lines())]
+        rows += self._transfer_rows()
         decay = config.blocks.optimizer.params.get("weight_decay", 0)
         rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
         rows += [
             ("precision", self._precision_line()),
+            *self._step_rows(),
             ("order", f"{self.order.name}, seed {recipe.seed}: every image once per epoch, any number of ranks"),
             *([] if isinstance(self.order, Order) else [("", self._locality_line())]),
             *self._augmentation_rows(),
             ("data", self._data_line()),
+            *self._evaluation_rows(),
             (
                 "saves",
                 f"every {recipe.checkpoint.every_epochs:g} epoch{'s' * (recipe.checkpoint.every_epochs != 1)}, "
@@ -210,7 +233,7 @@ class Plan:
                 f"{schedule.warmup} · {peak:g} is {self._never_reached}"
             )
         how = "in equal increments per update" if schedule.warmup == "gradual" else f"held, then {peak:g}"
-        low = float(schedule.reference_lr)
+        low = float(schedule.warmup_lr)
         rates = f"{low:g} → {peak:g}" if schedule.warmup == "gradual" else f"{low:g}"
         return f"update 0 … {last:,} {rates} {how} · {float(schedule.warmup_epochs):g} epochs, {schedule.warmup}"
 
@@ -225,6 +248,18 @@ class Plan:
         if missed:
             lines.append(f"epoch {_epochs(missed)} {self._never_reached}")
         return lines
+
+    def _decay_lines(self) -> list[str]:
+        schedule = self.schedule
+        if schedule.decay in ("steps", "constant"):
+            return []
+        begin = schedule.warmup_epochs if schedule.warms_up else Fraction(0)
+        shape = f"polynomial of power {float(schedule.power):g}" if schedule.decay == "polynomial" else schedule.decay
+        last = schedule.lr((self.steps - 1) * self.batch.train)
+        return [
+            f"epoch {float(begin):g} … {float(schedule.epochs):g} → {float(schedule.final_lr):g} · {shape} · "
+            f"the last update's is {last:.3g}"
+        ]
 
     @property
     def _never_reached(self) -> str:
@@ -242,6 +277,15 @@ class Plan:
             text = text.replace("dynamic loss scale", f"loss scale {blocks.fp16.loss_scale:g}")
         return f"{block} block → {text} (why: docs/precision.md)" if block else text
 
+    def _step_rows(self) -> list[tuple[str, str]]:
+        """How an update is computed, where that is not the plain way."""
+        step, parts = self.config.recipe.step, []
+        if step.compile:
+            parts.append("compiled, which takes minutes before the first update and the first evaluation")
+        if self.batch.world_size > 1 and not self.averages_gradients:
+            parts.append("gradients averaged by DeepSpeed, after the backward pass")
+        return [("step", " · ".join(parts))] if parts else []
+
     def _locality_line(self) -> str:
         """What the reader of a run must know of an order that is not the paper's."""
         when = "in epoch 1 " if isinstance(self.order, WindowThenUniform) else ""
@@ -250,6 +294,37 @@ class Plan:
             return text
         least = min(self.residence.total, self.shards["bytes"])
         return f"{text} · cache: {filesize.decimal(least)} at once if one host has all ranks"
+
+    def _transfer_rows(self) -> list[tuple[str, str]]:
+        """What a run starts from, where it is not the recipe's initialisation, and what of it is trained how."""
+        section, rows = self.config.recipe.model, []
+        if section.body_lr != 1:
+            rows.append(("", f"× {section.body_lr:g} for everything but the classifier"))
+        if section.start_from is not None:
+            head = "a new classifier" if section.new_head else "a new classifier where its shape is another"
+            source = f"timm's weights of {section.name}" if section.start_from == "timm" else section.start_from
+            rows.append(("start", f"{source} · {head}"))
+        if section.freeze:
+            rows.append(("frozen", f"{', '.join(section.freeze)} · BN layers among them normalise as in evaluation"))
+        return rows
+
+    def _evaluation_rows(self) -> list[tuple[str, str]]:
+        """What is measured, where it is not the weights with their running statistics alone."""
+        rows, updates = [], self.precise_updates
+        ema = self.config.recipe.model.ema
+        if ema is not None:
+            decay = f"decay {ema.decay:g} per update"
+            if ema.warmup:
+                decay += ", less at first"
+            else:
+                decay += f", {ema.decay**self.steps:.1%} of the first weights left at the end"
+            beside = "beside the weights, exported as model_ema.safetensors" if ema.evaluate == "beside" else "alone"
+            rows.append(("average", f"of all weights, {decay} · evaluated {beside} · not in the paper's recipe"))
+        if not updates:
+            return rows
+        which = "the last update" if updates == 1 else f"the last {updates:,} updates"
+        images = f"{updates * self.batch.train:,} training images of {which}"
+        return [*rows, ("evaluation", f"BN's statistics recomputed before it over the {images}, and kept")]
 
     def _augmentation_rows(self) -> list[tuple[str, str]]:
         """What is done to images beyond the paper's crop and flip."""
@@ -325,12 +400,19 @@ def resolve(
     if samples is None:
         assert train is not None, "a plan needs a training split or a number of samples"
         samples = len(train)
+    if config.recipe.evaluation.precise_bn > samples:
+        raise UserError(
+            f"{config.path}: recipe.evaluation.precise_bn {config.recipe.evaluation.precise_bn:,} is more than the "
+            f"{samples:,} training images"
+        )
     schedule = Schedule.build(
         config.blocks.scheduler.params,
         lr=config.lr,
         reference_batch=config.recipe.reference_batch,
         train_batch_size=batch.train,
         samples_per_epoch=samples,
+        epochs=config.recipe.epochs,
+        scaling=config.recipe.scaling,
     )
     if train is None or validation is None:
         return Plan(config, batch, schedule, Order(samples, config.recipe.seed), samples)

@@ -139,6 +139,10 @@ class RunRecord:
         last = [events[-1]["samples"] for events in (self.train, self.epochs, self.evaluations) if events]
         return max([*last, (self.finished or {}).get("samples") or 0, self.start.get("resumed_from") or 0])
 
+    def of_last_process(self, events: Sequence[Event]) -> list[Event]:
+        """Those of `events` that the last process of the run wrote; the ones before may have been of other ranks."""
+        return [event for event in events if event["samples"] > (self.start.get("resumed_from") or 0)]
+
     @property
     def epoch(self) -> float:
         """How far the run has come, in epochs."""

@@ -7,9 +7,11 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 
-from pipeline import checkpoint, divergence, model, report
+from pipeline import checkpoint, config, divergence, model, report, transfer
+from pipeline.batch_norm import average_statistics
 from pipeline.decode import make_decoder
 from pipeline.engine import Engine, World
 from pipeline.evaluate import Result, evaluate
@@ -56,10 +58,12 @@ class Run:
             model_lines = model.describe(
                 prepared.network,
                 weight_decay=plan.config.blocks.optimizer.params.get("weight_decay", 0),
-                micro=plan.batch.micro,
+                images=plan.batch.physical,
                 size=max(recipe.transform.sizes),
                 precision=plan.config.precision,
+                averaged=recipe.model.ema is not None,
             )
+            model_lines += transfer.describe(prepared.network, prepared.start)
         self.engine = Engine(prepared.network, plan, world)
         if prepared.state is not None:
             self.engine.restore(prepared.state, samples=self.samples, step=self.step)
@@ -67,7 +71,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open.enter_context(exclusive(self.folder, "training"))
             resolved = {**plan.config.resolved(), **plan.batch.deepspeed()}
-            write_whole(self.folder / checkpoint.RESOLVED_FILE, (json.dumps(resolved, indent=2) + "\n").encode())
+            write_whole(self.folder / config.RESOLVED_FILE, (json.dumps(resolved, indent=2) + "\n").encode())
             page = plan.page(ranks=_where(world), model_lines=model_lines)
             self.monitor = self._open.enter_context(contextlib.closing(Monitor(plan, self.engine, page, saved)))
             for warning in prepared.warnings:
@@ -186,6 +190,8 @@ class Run:
         now = time.perf_counter()
         recent.window.seconds = now - self._timed_until
         whole_epoch.seconds += recent.window.seconds
+        recent.window.communicated = self.engine.take_communicated()
+        whole_epoch.communicated += recent.window.communicated
         self._seconds_in_steps += recent.window.seconds
         self._timed_until = now
         overflows = self.engine.take_overflows()  # the same on all ranks
@@ -234,22 +240,34 @@ class Run:
                 self.monitor.epoch(epoch=ended, samples=self.samples, loss=loss, top1=top1, window=sums.window)
             )
         if last or (ended is not None and ended % recipe.evaluation.every_epochs == 0):
-            result = self._evaluate()
+            result, average = self._evaluate()
             if self.monitor is not None:
-                parts.append(self.monitor.evaluation(samples=self.samples, result=result))
+                parts.append(self.monitor.evaluation(samples=self.samples, result=result, average=average))
         if self.monitor is not None:
             self.monitor.line(*parts)
         if last or self._save_due(before):
             self._save()
         self._timed_until = time.perf_counter()
 
-    def _evaluate(self) -> Result:
+    def _evaluate(self) -> tuple[Result, Result | None]:
+        """Measure what the recipe says, and beside it the average of the weights if that is to be measured too."""
+        ema = self.plan.config.recipe.model.ema
+        if ema is None:
+            return self._measure(), None
+        own = self._measure() if ema.evaluate == "beside" else None
+        with self.engine.averaged_weights():
+            average = self._measure()
+        return (average, None) if own is None else (own, average)
+
+    def _measure(self) -> Result:
+        """Measure the weights that the engine's model has now; every rank calls it."""
         recipe = self.plan.config.recipe
         split, world = self.validation_split, self.world
         images = len(split)
-        micro = recipe.evaluation.micro_batch_size or self.plan.batch.micro
+        micro = recipe.evaluation.micro_batch_size or self.plan.batch.physical
+        seconds = self._recompute_statistics()
         self.watch.at("evaluating")
-        model.average_statistics(self.engine.model)
+        average_statistics(self.engine.model)
         self.engine.evaluation_mode()
         requests = evaluation_requests(
             images, micro, recipe.transform.size, world.rank, world.size, contiguous=reads_in_sequence(split)
@@ -265,13 +283,40 @@ class Run:
                 device=world.device,
             )
             self._report_decoding(split.name, batches.take_tally())
-        return result
+        return replace(result, statistics_seconds=seconds)
+
+    def _recompute_statistics(self) -> float | None:
+        """Have BN's statistics be those of the present weights, if the recipe asks for it; returns how long it took.
+
+        Over the images of the last updates, as these saw them: any number of ranks, and a resumed process, sees the
+        same ones, and of remote shards they are those that are there.
+        """
+        plan, recipe, updates = self.plan, self.plan.config.recipe, self.plan.precise_updates
+        if not updates:
+            return None
+        doing = "recomputing BN's statistics"
+        self.watch.at(doing)
+        began = time.perf_counter()
+        first = max(0, self.step - updates)
+        requests = training_requests(plan.order, plan.batch, recipe.transform, self.world.rank, first, first + updates)
+        reader = training_reader(
+            self.train_split,
+            recipe,
+            plan.order,
+            plan.batch,
+            rank=self.world.rank,
+            local_ranks=self.world.local_ranks,
+            position=first * plan.batch.train,
+        )
+        with contextlib.closing(reader), self._loader(reader, requests) as batches:
+            self.engine.recompute_statistics(_Waiting(batches, self.watch, doing))
+        return time.perf_counter() - began
 
     def _save(self) -> None:
         """Save a checkpoint; every rank calls it, rank 0 writes."""
         self.watch.at("saving", self.step, self.samples)
         self._saved_at = self.step
-        model.average_statistics(self.engine.model)
+        self.engine.average_statistics()
         # the loss of the last update was finite, but it was measured before its weights were changed
         broken = model.first_not_finite(self.engine.model)
         if broken is not None:
@@ -287,7 +332,12 @@ class Run:
             return
         self.saver.wait()
         recipe = self.plan.config.recipe
-        model.export(self.engine.model, self.folder / checkpoint.WEIGHTS_FILE, recipe.model, self.classes)
+        ema = recipe.model.ema
+        if ema is None or ema.evaluate == "beside":
+            model.export(self.engine.model, self.folder / checkpoint.WEIGHTS_FILE, recipe.model, self.classes)
+        if self.engine.average is not None and ema is not None:
+            name = checkpoint.AVERAGE_FILE if ema.evaluate == "beside" else checkpoint.WEIGHTS_FILE
+            model.export(self.engine.average.model, self.folder / name, recipe.model, self.classes)
         record = RunRecord.read(self.folder)
         if not record.evaluations:
             raise RuntimeError(f"{self.folder}: the run ended without an evaluation on record")
@@ -299,6 +349,7 @@ class Run:
             top1=final["top1"],
             top5=final["top5"],
             images=final["images"],
+            **{key: final[key] for key in ("ema_top1", "ema_top5") if key in final},
             median_top1=median.accuracy,
             median_epochs=list(median.epochs),
             seconds=seconds,
@@ -318,7 +369,7 @@ class Run:
             requests,
             threads=self.threads,
             prefetch=self.plan.config.recipe.loader.prefetch,
-            pin=self.world.device.type == "cuda",
+            copied_on=self.engine.copied_on,
         )
 
 

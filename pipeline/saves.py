@@ -21,6 +21,8 @@ from shards.files import open_regular
 
 STATE_FILE = "state.json"
 WEIGHTS_FILE = "model.safetensors"
+AVERAGE_FILE = "model_ema.safetensors"
+"""In the saves, and the run folder, of a recipe that averages its weights."""
 OPTIMIZER_FILE = "optimizer.pt"
 LATEST_FILE = "latest"
 STEP_FOLDER = re.compile(r"^step-(\d+)$")

@@ -7,7 +7,8 @@ stream of samples and on nothing else: not on a step counter, which an overflow 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -20,27 +21,46 @@ def exact(number: int | float) -> Fraction:
     return Fraction(repr(number))
 
 
+SCALING: dict[str, Callable[[Fraction], Fraction]] = {
+    "linear": lambda ratio: ratio,
+    "square_root": lambda ratio: Fraction(math.sqrt(ratio)),
+    "none": lambda ratio: Fraction(1),
+}
+"""The factor of the rate, by `recipe.scaling`, where the batch is so many times the reference batch."""
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Warmup, then steps.
+    """Warmup, then decay.
 
     Attributes:
-        reference_lr: η, the rate at the reference batch; warmup starts from it (paper §2.2: "from η = 0.1").
-        peak_lr: η̂ = η · kn / reference batch, the linear scaling rule (paper §2.1).
+        reference_lr: η, the rate at the reference batch.
+        peak_lr: η̂ = η · kn / reference batch, the linear scaling rule (paper §2.1), or by another rule.
         samples_per_epoch: N.
-        warmup: `gradual` (constant increment every update), `constant` (η, then η̂) or `none`.
+        epochs: of the run.
+        warmup: `gradual` (constant increment every update), `constant` (the first rate, then η̂) or `none`.
         warmup_epochs: its length; part of the epochs of the run.
+        warmup_lr: where it starts (paper §2.2: "from η = 0.1").
+        decay: `steps`; or `cosine`, `linear` and `polynomial`, which go from the end of warmup to the end of the run;
+            or `constant`.
         milestones: epochs after which the rate is multiplied by `gamma`.
         gamma: the factor.
+        final_lr: where `cosine`, `linear` and `polynomial` end.
+        power: of the share of the way that is left, in `polynomial`.
     """
 
     reference_lr: Fraction
     peak_lr: Fraction
     samples_per_epoch: int
+    epochs: Fraction
     warmup: str
     warmup_epochs: Fraction
+    warmup_lr: Fraction
+    decay: str
     milestones: tuple[Fraction, ...]
     gamma: Fraction
+    final_lr: Fraction
+    power: Fraction
 
     @classmethod
     def build(
@@ -51,34 +71,55 @@ class Schedule:
         reference_batch: int,
         train_batch_size: int,
         samples_per_epoch: int,
+        epochs: float,
+        scaling: str = "linear",
     ) -> Schedule:
-        """Apply the linear scaling rule and fix the schedule to a data set's size."""
+        """Apply the scaling rule and fix the schedule to a data set's size and to a run's length."""
         reference_lr = exact(lr)
         return cls(
             reference_lr=reference_lr,
-            peak_lr=reference_lr * train_batch_size / reference_batch,
+            peak_lr=reference_lr * SCALING[scaling](Fraction(train_batch_size, reference_batch)),
             samples_per_epoch=samples_per_epoch,
+            epochs=exact(epochs),
             warmup=params.warmup,
             warmup_epochs=exact(params.warmup_epochs),
+            warmup_lr=reference_lr if params.warmup_lr is None else exact(params.warmup_lr),
+            decay=params.decay,
             milestones=tuple(exact(epoch) for epoch in params.milestones),
             gamma=exact(params.gamma),
+            final_lr=exact(params.final_lr),
+            power=exact(params.power),
         )
 
     @property
     def warms_up(self) -> bool:
         """Whether there is a warmup at all: the paper warms up only where the rate was scaled up (kn > 256)."""
-        return self.warmup != "none" and self.warmup_epochs > 0 and self.peak_lr > self.reference_lr
+        return self.warmup != "none" and self.warmup_epochs > 0 and self.peak_lr > self.warmup_lr
 
     def lr(self, samples: int) -> float:
         """The rate of the update whose first sample is at position `samples` of the run (0-based)."""
         epoch = Fraction(samples, self.samples_per_epoch)
-        rate = self.peak_lr
         if self.warms_up and epoch < self.warmup_epochs:
-            rate = self.reference_lr
+            rate = self.warmup_lr
             if self.warmup == "gradual":
-                rate += (self.peak_lr - self.reference_lr) * epoch / self.warmup_epochs
-        passed = sum(epoch >= milestone for milestone in self.milestones)
-        return float(rate * self.gamma**passed)
+                rate += (self.peak_lr - self.warmup_lr) * epoch / self.warmup_epochs
+        elif self.decay in ("steps", "constant"):
+            rate = self.peak_lr
+        else:
+            rate = self.final_lr + (self.peak_lr - self.final_lr) * self._left(epoch)
+        return float(rate * self.gamma ** sum(epoch >= milestone for milestone in self.milestones))
+
+    def _left(self, epoch: Fraction) -> Fraction:
+        """The share of the way from peak to final rate that is left in `epoch`."""
+        begin = self.warmup_epochs if self.warms_up else Fraction(0)
+        if begin >= self.epochs:
+            return Fraction(1)
+        left = 1 - min(Fraction(1), (epoch - begin) / (self.epochs - begin))
+        if self.decay == "cosine":
+            return Fraction((1 - math.cos(math.pi * left)) / 2)
+        if self.decay == "polynomial":
+            return Fraction(float(left) ** float(self.power))
+        return left
 
     def first_update_at(self, epoch: Fraction, train_batch_size: int) -> int:
         """The first update (0-based) that starts at `epoch` or later."""
@@ -93,8 +134,8 @@ class GradualWarmupLR:
     before every update, so that the rate follows the samples consumed even where DeepSpeed skips `step`.
 
     Args:
-        optimizer: anything with `param_groups`; all groups get the same rate.
-        lr, reference_batch, train_batch_size, samples_per_epoch: see `Schedule.build`.
+        optimizer: anything with `param_groups`; a group gets the rate, or `lr_scale` of it where it has that key.
+        lr, reference_batch, train_batch_size, samples_per_epoch, epochs, scaling: see `Schedule.build`.
         params: the JSON block's parameters (`schema.ScheduleParams`).
     """
 
@@ -106,6 +147,8 @@ class GradualWarmupLR:
         reference_batch: int,
         train_batch_size: int,
         samples_per_epoch: int,
+        epochs: float,
+        scaling: str = "linear",
         **params: Any,
     ) -> None:
         self.optimizer = optimizer
@@ -116,6 +159,8 @@ class GradualWarmupLR:
             reference_batch=reference_batch,
             train_batch_size=train_batch_size,
             samples_per_epoch=samples_per_epoch,
+            epochs=epochs,
+            scaling=scaling,
         )
         self.samples = 0
         self.seek(0)
@@ -125,7 +170,7 @@ class GradualWarmupLR:
         self.samples = samples
         rate = self.schedule.lr(samples)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1)
 
     def step(self, increment: int | None = None) -> None:
         """Advance by one update; DeepSpeed calls it after each. `increment` is in samples, default kn."""

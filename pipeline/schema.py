@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.augment_schema import AutoAugment, ColorJitter, Mixing, RandomErasing, Resolution
+from pipeline.options_schema import Ema
 from pipeline.section import Section, check_rectangles, lists_to_tuples
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -21,14 +22,22 @@ DecoderChoice = Literal["auto", "native", "simplejpeg", "pillow"]
 """What `recipe.loader.decoder` may say; see `pipeline.rungs`."""
 
 REFUSED_MODEL_ARGS = {
-    "pretrained": "training starts from the recipe's initialisation, not from weights",
-    "checkpoint_path": "training starts from the recipe's initialisation, not from weights",
+    "pretrained": "weights to start from are recipe.model.start_from",
+    "checkpoint_path": "weights to start from are recipe.model.start_from",
     "in_chans": "images are decoded to RGB, three channels",
 }
 """Arguments of timm.create_model that the rest of the trainer does not follow, and why."""
 
 LONGEST_SIDE = 32_767
 """Pixels that an image may be scaled to."""
+
+DECAY_OWN_KEYS = {
+    "milestones": ("steps",),
+    "gamma": ("steps",),
+    "final_lr": ("cosine", "linear", "polynomial"),
+    "power": ("polynomial",),
+}
+"""Keys of `scheduler.params` that some ways of decay alone read."""
 
 CROP_OWN_KEYS = {"padding": "padded", "scale": "resized", "ratio": "resized"}
 """Keys of `recipe.transform` that one way of cropping alone reads."""
@@ -39,8 +48,27 @@ class ScheduleParams(Section):
 
     warmup: Literal["gradual", "constant", "none"] = "gradual"
     warmup_epochs: float = Field(5, ge=0)
-    milestones: list[float] = Field(default_factory=list)
-    gamma: float = Field(0.1, gt=0)
+    warmup_lr: float | None = Field(None, ge=0, description="where warmup begins; default: lr, as in the paper")
+    decay: Literal["steps", "cosine", "linear", "polynomial", "constant"] = Field(
+        "steps", description="from the end of warmup to the end of the run"
+    )
+    milestones: list[float] = Field(default_factory=list, description="steps only")
+    gamma: float = Field(0.1, gt=0, description="at each milestone; steps only")
+    final_lr: float = Field(0, ge=0, description="at the end of the run; cosine, linear and polynomial only")
+    power: float = Field(2, gt=0, description="polynomial only")
+
+    @model_validator(mode="after")
+    def _own_keys(self) -> ScheduleParams:
+        for key, decays in DECAY_OWN_KEYS.items():
+            if self.decay not in decays and key in self.model_fields_set and getattr(self, key) != self._default(key):
+                raise ValueError(
+                    f'{key} is for decay "{decays[0]}" and has no effect with decay "{self.decay}": leave it out'
+                )
+        return self
+
+    @classmethod
+    def _default(cls, key: str) -> Any:
+        return cls.model_fields[key].get_default(call_default_factory=True)
 
     @model_validator(mode="after")
     def _ascending(self) -> ScheduleParams:
@@ -57,6 +85,19 @@ class Model(Section):
     name: str
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of timm.create_model")
     zero_init_last: bool = Field(True, description="γ = 0 in each residual block's last BN (ResNets only)")
+    start_from: str | None = Field(
+        None, min_length=1, description='weights to begin with: a file that timm reads, or "timm" for its own'
+    )
+    new_head: bool = Field(False, description="a new classifier, even where the one of start_from has the right shape")
+    freeze: list[str] = Field(default_factory=list, description='parameters that are not trained: ["layer1.*"]')
+    body_lr: float = Field(1, gt=0, description="factor of the rate, for everything but the classifier")
+    ema: Ema | None = None
+
+    @model_validator(mode="after")
+    def _head_of_something(self) -> Model:
+        if self.new_head and self.start_from is None:
+            raise ValueError("new_head is for start_from: without it the classifier is new anyway")
+        return self
 
     @field_validator("args")
     @classmethod
@@ -137,7 +178,10 @@ class Evaluation(Section):
 
     split: str = "val"
     every_epochs: int = Field(1, ge=1)
-    micro_batch_size: int | None = Field(None, gt=0, description="default: the training micro-batch")
+    micro_batch_size: int | None = Field(None, gt=0, description="default: the images of a training pass")
+    precise_bn: int = Field(
+        0, ge=0, description="training images that BN's statistics are recomputed over before; 0: running statistics"
+    )
 
 
 class Checkpoints(Section):
@@ -152,7 +196,7 @@ class Loader(Section):
     """Reading and decoding, per rank. None of it changes the order or a view; decoders differ by rounding."""
 
     threads: int | None = Field(None, ge=1, description="default: this rank's share of the cores")
-    prefetch: int = Field(4, ge=1, description="micro-batches decoded ahead")
+    prefetch: int = Field(4, ge=1, description="passes (micro-batches, or several at once) decoded ahead")
     decoder: DecoderChoice = Field(
         "auto", description="the best that is there, or by name; what it refuses goes to the ones below it"
     )
@@ -189,6 +233,28 @@ class Logging(Section):
     record_samples: bool = Field(False, description="write every consumed sample id and the LR used, per rank")
 
 
+class Step(Section):
+    """How a rank computes an update. None of it changes what is learned, but by rounding."""
+
+    compile: bool = Field(False, description="torch.compile the model; the first updates and evaluation take minutes")
+    ghost_batches: int | Literal["auto"] = Field(
+        "auto",
+        description="most logical workers of a rank that go through the model at once, each normalised by itself; "
+        "auto: 1, or what makes 256 images if the model is compiled",
+    )
+    overlap: bool = Field(True, description="average gradients over the ranks while others are still computed")
+    tf32: bool = Field(
+        False, description="float32 convolutions and matrix products with ten bits of mantissa, on GPUs that have it"
+    )
+
+    @field_validator("ghost_batches")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
 class Watchdog(Section):
     """When a training that cannot go on is ended on all hosts, with the stacks of every rank; 0 is never."""
 
@@ -196,15 +262,6 @@ class Watchdog(Section):
     stuck_seconds: float = Field(600, ge=0, description="in which no rank gets any further, whatever it waits for")
     withheld_updates: int = Field(
         50, ge=0, description="float16 updates in a row that overflowed, after which the run is stopped; 0 is never"
-    )
-
-
-class Step(Section):
-    """How an update is computed on the device."""
-
-    tf32: bool = Field(
-        False,
-        description="float32 convolutions and matrix products with ten bits of mantissa, on GPUs that have it",
     )
 
 
@@ -217,6 +274,9 @@ class Recipe(Section):
     model: Model
     epochs: float = Field(gt=0)
     reference_batch: int = Field(256, gt=0, description="the batch that optimizer.params.lr is for (paper §2.1)")
+    scaling: Literal["linear", "square_root", "none"] = Field(
+        "linear", description="how the rate follows train_batch_size; square_root is usual for Adam and its kin"
+    )
     seed: int = Field(0, ge=0, lt=2**63)
     run: str | None = Field(None, description="run folder; default runs/<name of the config>")
     transform: Transform = Transform()
@@ -230,9 +290,9 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoints = Checkpoints()
     loader: Loader = Loader()
+    step: Step = Step()
     logging: Logging = Logging()
     watchdog: Watchdog = Watchdog()
-    step: Step = Step()
 
     @model_validator(mode="after")
     def _sizes_are_reached(self) -> Recipe:

@@ -35,13 +35,13 @@ class SlabRing:
 
     Args:
         most: slabs that are kept without use.
-        pin: make them in pinned memory. Copies out of them to a device must be made on the stream that is the current
-            one of the training's thread, or one that it waits for.
+        copied_on: the stream that all copies out of them to a device are made on; they are in pinned memory then. One
+            on which nothing else is computed: what fills a slab again waits for all that is on it.
     """
 
-    def __init__(self, most: int, *, pin: bool = False) -> None:
+    def __init__(self, most: int, *, copied_on: torch.cuda.Stream | None = None) -> None:
         self._most = most
-        self._pin = pin
+        self._stream = copied_on
         self._free: deque[Slab] = deque()
         self._returned: deque[Slab] = deque()  # by finalizers, in whatever thread: appending needs no lock
 
@@ -55,7 +55,7 @@ class SlabRing:
             slab = self._free.popleft()
             _wait(slab)
             return slab
-        return Slab(torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin).numpy())
+        return Slab(torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None).numpy())
 
     def hand_out(self, slab: Slab) -> torch.Tensor:
         """The slab as a tensor, uint8 (n, 3, size, size) in channels_last memory, at whose end it comes back."""
@@ -69,9 +69,9 @@ class SlabRing:
         if not self._returned:
             return
         event = None
-        if self._pin:
+        if self._stream is not None:
             event = torch.cuda.Event(blocking=True)
-            event.record()
+            event.record(self._stream)
         while self._returned:
             slab = self._returned.popleft()
             slab.copied = event

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.distributed as dist
+
+
+class Shares(NamedTuple):
+    """What the time of updates went into on this rank, 0 … 1 each; NaN where it was not measured.
+
+    `communication` is that which nothing else was done beside, waiting for slower ranks included; `compute` is all
+    that was neither that nor waiting for data.
+    """
+
+    compute: float
+    communication: float
+    data_wait: float
 
 
 class Window:
@@ -15,6 +29,7 @@ class Window:
         images: over all ranks.
         seconds: from report to report, the device's work included; evaluation and saving are not.
         waited: seconds of those that the training stood still for data, on this rank.
+        communicated: likewise for gradients of other ranks; NaN where it was not measured.
     """
 
     def __init__(self) -> None:
@@ -22,18 +37,24 @@ class Window:
         self.images = 0
         self.seconds = 0.0
         self.waited = 0.0
+        self.communicated = 0.0
 
     def add(self, images: int, waited: float) -> None:
-        """Count one update. Its time is added to `seconds` when the device has done it, at the next report."""
+        """Count one update. `seconds` and `communicated` are set at the next report, when the device has done it."""
         self.steps += 1
         self.images += images
         self.waited += waited
 
-    def rates(self) -> tuple[float, float]:
-        """(images per second over all ranks, share of the time that waited for data)."""
+    def rate(self) -> float:
+        """Images per second over all ranks."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def shares(self) -> Shares:
+        """What the time went into."""
         if not self.seconds:
-            return 0.0, 0.0
-        return self.images / self.seconds, self.waited / self.seconds
+            return Shares(0.0, 0.0, 0.0)
+        communication, waiting = self.communicated / self.seconds, self.waited / self.seconds
+        return Shares(1 - communication - waiting, communication, waiting)
 
 
 class StepSums:

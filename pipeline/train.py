@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lambda: prepare(args.config, overrides_of(args), joined), Prepared.facts, FACT_MENDS
         )
         experiment = prepared.plan.config
-        world.watch.configure(experiment.run_folder, experiment.recipe.watchdog, args.lease)
+        world.watch.configure(experiment.run_folder, experiment.watchdog, args.lease)
         _stop_on_signals(world.watch.stop)
         # told before anything is closed, which may hang with what the error is about; and what is met on the way there
         with _telling(world, place), Run(prepared, world) as run, _telling(world, place):

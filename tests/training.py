@@ -18,6 +18,7 @@ from pipeline.metrics import read_metrics
 from pipeline.order import Order
 from pipeline.samples import audit, read_samples
 from pipeline.schedule import Schedule
+from shards.index import load_split
 from tests.conftest import TINY_CLASSES, TINY_TRAIN, TINY_VAL
 
 TRAIN, VAL = TINY_TRAIN * len(TINY_CLASSES), TINY_VAL * len(TINY_CLASSES)
@@ -65,6 +66,21 @@ def assert_close(run: Path, other: Path, tolerance: float) -> None:
         assert difference < tolerance, f"{name} differs by {difference:.1e}"
 
 
+def damage_an_image(shards: Path) -> tuple[str, str]:
+    """Overwrite the first training image inside its tar, sizes unchanged: only decoding can notice.
+
+    Returns:
+        The shard's name and the sample's key.
+    """
+    split = load_split(shards, "train")
+    tar, record = split.shards[0].path, split.samples[0]
+    tar.chmod(0o644)
+    with tar.open("r+b") as file:
+        file.seek(int(record["offset"]))
+        file.write(b"not an image, not at all")
+    return tar.name, split.key(0)
+
+
 def assert_the_run_is_exact(run: Path, path: Path, samples: int = TRAIN) -> None:
     """Sample ids and rates of every update are the order's and the schedule's, of so many training images."""
     experiment = config.load(path)
@@ -76,6 +92,7 @@ def assert_the_run_is_exact(run: Path, path: Path, samples: int = TRAIN) -> None
         reference_batch=experiment.recipe.reference_batch,
         train_batch_size=kn,
         samples_per_epoch=samples,
+        epochs=experiment.recipe.epochs,
     )
     updates = read_samples(run)
     assert list(updates) == list(range(-(-epochs * samples // kn)))

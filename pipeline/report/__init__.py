@@ -1,13 +1,15 @@
-"""`onehour report RUN…`: one HTML file about one run or several, for a person who was not there.
+"""`onehour report RUN…` or `onehour report SWEEP.yaml`: one HTML file, for a person who was not there.
 
 It reads the runs' records (`pipeline.record`) and their `config.resolved.json`; every number in it is computed from
 them. The page needs no network and no script, and prints.
 
     rows       which runs belong together, and the statistics over seeds
     answers    question, answer and remarks, in sentences
+    scaling    what more ranks were worth
     table      the columns of the results, for the page, the terminal and scripts
     events     what failed, was skipped, resumed or warned, and when
     charts     what is drawn; `drawing` is how
+    sweep      the rows and figures of a sweep file; `figures` draws those in the paper's layout
     page       all of it as one HTML file, by the template `report.html`
     text       numbers as text
 """
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from pipeline.record import MedianError, RunRecord, median_last_epochs
 from pipeline.report.rows import Row, compare
+from pipeline.sweep_file import SUFFIXES
 from shards.errors import UserError
 
 __all__ = ["MedianError", "Row", "add_arguments", "compare", "median_last_epochs", "run", "write_report"]
@@ -28,22 +31,46 @@ __all__ = ["MedianError", "Row", "add_arguments", "compare", "median_last_epochs
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `onehour report`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first is the baseline")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, the first is the baseline; or a sweep's file"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: the run, or beside the first")
     parser.add_argument("--reference", type=Path, metavar="RUN", help="the baseline, if it is not the first")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+    parser.add_argument(
+        "--runs", type=Path, metavar="DIR", dest="folder", help="a sweep's runs; default: runs/<name of the sweep>"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the table as JSON")
+    form.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and print its table; returns 0. Raises UserError as `write_report` does."""
     from pipeline.report import page, table
 
-    rows = compare(_read(args.runs), args.reference)
-    path = page.write(rows, args.out or default_folder(args.runs))
-    if args.json:
-        print(table.as_json(rows, path))
+    title: str | None = None
+    if any(path.suffix in SUFFIXES and not path.is_dir() for path in args.runs):
+        from pipeline.report import sweep
+
+        if len(args.runs) > 1 or args.reference is not None:
+            raise UserError(
+                "a sweep is reported on by itself",
+                "Its file names its runs and its baseline: onehour report SWEEP.yaml",
+            )
+        whole = sweep.read(args.runs[0], args.folder)
+        rows, title = whole.rows, whole.title
+        path = page.write(rows, args.out or whole.folder, title, whole.figures)
     else:
-        table.print_table(rows, path)
+        if args.folder is not None:
+            raise UserError("--runs says where the runs of a sweep are: give its file, SWEEP.yaml")
+        rows = compare(_read(args.runs), args.reference)
+        path = page.write(rows, args.out or default_folder(args.runs))
+    if args.json:
+        print(table.as_json(rows, path, title))
+    elif args.markdown:
+        print(table.as_markdown(rows, title))
+    else:
+        table.print_table(rows, path, title)
     return 0
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.metrics import is_number
+from pipeline.record import RunRecord, median_last_epochs
 from pipeline.report import text
 from pipeline.report.rows import LAST_EPOCHS, Row
 
 
 def question(rows: Sequence[Row]) -> tuple[str, list[str]]:
     """The headline, and the answer to it in sentences: one for a single row, else one per row but the baseline."""
-    baseline, *others = rows
+    baseline = next(row for row in rows if row.baseline)
+    others = [row for row in rows if not row.baseline]
     if not others:
         return "How did it go?", [_outcome(baseline)]
     if max(_minibatch(row) for row in others) > _minibatch(baseline):
@@ -39,9 +42,36 @@ def remarks(row: Row) -> list[str]:
         if whole is not None and any(images != whole for images in median.images):
             images = ", ".join(map(text.count, median.images))
             found.append(f"{name} was evaluated on {images} of {text.count(whole)} images: not the whole set.")
+        found += _averages(name, record)
     if len(set(row.seeds)) < len(row.seeds):
         found.append(f"{row.label}: a seed occurs more than once, so ± understates the spread.")
-    return found
+    return [*found, *row.notes]
+
+
+def _averages(name: str, record: RunRecord) -> list[str]:
+    """What to know of a run that averages its weights (`recipe.model.ema`)."""
+    if any(event.get("weights") == "ema" for event in record.evaluations):
+        return [f"{name}: its figures are those of the exponential average of its weights."]
+    beside = [{**event, "top1": event["ema_top1"]} for event in record.evaluations if is_number(event.get("ema_top1"))]
+    median = median_last_epochs(beside, LAST_EPOCHS)
+    if median is None:
+        return []
+    return [
+        f"{name}: the exponential average of its weights has error {text.number(median.error)} % over those epochs."
+    ]
+
+
+def _lack(row: Row) -> str:
+    if row.finished:
+        return "was never evaluated"
+    return "has not finished" if row.runs else "has not been trained"
+
+
+def _level(difference: float) -> str:
+    """`1.24` as "1.24 points above"."""
+    if not difference:
+        return "equal to"
+    return f"{text.number(abs(difference))} points {'above' if difference > 0 else 'below'}"
 
 
 def _minibatch(row: Row) -> int:
@@ -66,15 +96,16 @@ def _verdict(row: Row, baseline: Row) -> str:
     """The answer about a row beside the baseline."""
     if row.difference is None:
         missing = [r for r in (row, baseline) if not r.finished or r.error is None]
-        reasons = [f"{r.label} {'was never evaluated' if r.finished else 'has not finished'}" for r in missing]
+        reasons = [f"{r.label} {_lack(r)}" for r in missing]
         return f"{row.label}: no answer yet, because {' and '.join(reasons)}."
-    level = "equal to"
-    if row.difference:
-        level = f"{text.number(abs(row.difference))} points {'above' if row.difference > 0 else 'below'}"
     lead = (
-        f"{row.label}: error {text.spread(row.error, row.std)} %, "
-        f"{level} {baseline.label} ({text.spread(baseline.error, baseline.std)} %)."
+        f"{row.label}: error {text.spread(row.error, row.std)} %, {_level(row.difference)} {baseline.label} "
+        f"({text.spread(baseline.error, baseline.std)} %)."
     )
+    if row.paper is not None and row.paper.difference is not None:
+        where = f", {row.paper.task}" if row.paper.task else ""
+        published = text.spread(row.paper.error, row.paper.std)
+        lead += f" In the paper{where}: {published} %, {_level(row.paper.difference)} its baseline."
     if row.interval is None:
         few = [r.label for r in (row, baseline) if len(r.medians) < 2]
         if not few:

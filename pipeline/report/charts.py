@@ -89,10 +89,11 @@ LEARNING_RATE = Chart(
 )
 SPEED = Chart(
     "throughput",
-    "Waiting for data is the part of a step in which the processor had no images to work on.",
+    "Waiting is the part of a step in which rank 0 had no images to work on, or no gradients of the other ranks.",
     (
         Panel("Throughput", "images / s", _means("images_per_second"), from_zero),
         Panel("Waiting for data", "share of step time (%)", _means("data_wait", lambda share: 100 * share), from_zero),
+        Panel("Waiting for gradients", "share of step time (%)", _means("communication", lambda s: 100 * s), from_zero),
     ),
 )
 
@@ -104,10 +105,15 @@ def draw_charts(rows: Sequence[Row]) -> list[Picture]:
     training = TRAINING_ERROR if all(map(TRAINING_ERROR.panels[0].points, runs)) else TRAINING_LOSS
     pictures = []
     for chart in (training, VALIDATION_ERROR, LEARNING_RATE, SPEED):
-        if any(panel.points(record) for panel in chart.panels for record in runs):
-            panels = _with_end(chart.panels[0], runs) if chart.with_end else chart.panels
+        panels = tuple(panel for panel in chart.panels if any(_has_numbers(panel.points(record)) for record in runs))
+        if panels:
+            panels = _with_end(panels[0], runs) if chart.with_end else panels
             pictures.append(Picture(f"{chart.name}.png", panels[0].title, chart.caption, draw(rows, panels)))
     return pictures
+
+
+def _has_numbers(points: Points) -> bool:
+    return any(not math.isnan(value) for _, value in points)
 
 
 def _with_end(panel: Panel, runs: Sequence[RunRecord]) -> tuple[Panel, ...]:

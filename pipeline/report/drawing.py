@@ -94,15 +94,24 @@ def logarithmic_if_wide(axes: Axes) -> None:
 
 def draw(rows: Sequence[Row], panels: Sequence[Panel]) -> bytes:
     """The panels side by side, under one legend where there are several rows, as PNG."""
-    with rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")  # pyplot's global state stays out of it
+
+    def fill(figure: Figure) -> None:
         widths = [panel.width for panel in panels]
         grid = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": widths})
         for axes, panel in zip(grid[0], panels, strict=True):
             _draw_panel(axes, rows, panel)
         if len(rows) > 1:
             _add_legend(figure, [row.label for row in rows])
+
+    return as_png(fill)
+
+
+def as_png(fill: Callable[[Figure], None], height: float = HEIGHT) -> bytes:
+    """A figure of the page's width and style; `fill` draws into it."""
+    with rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")  # pyplot's global state stays out of it
+        fill(figure)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return file.getvalue()
@@ -111,7 +120,7 @@ def draw(rows: Sequence[Row], panels: Sequence[Panel]) -> bytes:
 def _draw_panel(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
     """The means of the counted runs, with bands; runs that are not counted are drawn thin."""
     for index, row in enumerate(rows):
-        style = _line_style(index)
+        style = line_style(index)
         for name, record in row.runs.items():
             if name not in row.counted and (curve := panel.points(record)):
                 epochs, values, _ = _mean([curve], panel.begin)
@@ -119,22 +128,40 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
         curves = [curve for record in row.counted.values() if (curve := panel.points(record))]
         if not curves:
             continue
-        epochs, mean, std = _mean(curves, panel.begin)
-        marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(epochs) <= _MARKED else {}
         # later rows are dashed and lie on top, so that equal curves show both colours
-        axes.plot(epochs, mean, **style, **marker, zorder=3 + 0.01 * index)
-        if len(curves) > 1:
-            axes.fill_between(epochs, mean - std, mean + std, color=style["color"], alpha=0.18, linewidth=0, zorder=2)
+        draw_mean(axes, curves, panel.begin, index, **style)
     panel.fit(axes)
     axes.set_title(panel.title)
     axes.set_ylabel(panel.unit)
+    count_epochs(axes)
+
+
+def count_epochs(axes: Axes, most: int = 10) -> None:
+    """Label the horizontal axis with epochs, `most` of them at most."""
     axes.set_xlabel("epoch")
     first, last = axes.get_xlim()
     if last - first > 2:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _mean(curves: Sequence[Points], begin: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_mean(axes: Axes, curves: Sequence[Points], begin: float = 0.0, order: int = 0, **style: Any) -> None:
+    """The mean of curves as a line, with a band of one sample standard deviation where there are several.
+
+    Args:
+        axes: to draw into.
+        curves: of the runs of a row, one at least.
+        begin: the first epoch that is drawn.
+        order: lines of a higher order lie on top.
+        style: of the line.
+    """
+    epochs, mean, std = _mean(curves, begin)
+    marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(epochs) <= _MARKED else {}
+    axes.plot(epochs, mean, **marker, **style, zorder=3 + 0.01 * order)
+    if len(curves) > 1:
+        axes.fill_between(epochs, mean - std, mean + std, color=style["color"], alpha=0.18, linewidth=0, zorder=2)
+
+
+def _mean(curves: Sequence[Points], begin: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Epochs from `begin` on, mean and sample standard deviation of curves, on the epochs of the shortest.
 
     Seeds of one configuration are logged at the same epochs, so nothing is interpolated unless a run was logged
@@ -149,7 +176,8 @@ def _mean(curves: Sequence[Points], begin: float) -> tuple[np.ndarray, np.ndarra
     return grid, values.mean(axis=0), std
 
 
-def _line_style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and dashes of a row, by its place in the table."""
     return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index % len(_DASHES)]}
 
 
@@ -157,7 +185,7 @@ def _add_legend(figure: Figure, labels: Sequence[str]) -> None:
     """Above the panels, in as many columns as fit."""
     labels = [label if len(label) <= _LABEL else label[: _LABEL - 1] + "…" for label in labels]
     legend = figure.legend(
-        [Line2D([], [], **_line_style(index)) for index in range(len(labels))],
+        [Line2D([], [], **line_style(index)) for index in range(len(labels))],
         [str(index) for index in range(len(labels))],
         loc="outside upper left",
         ncols=max(1, min(len(labels), 120 // (max(map(len, labels)) + 8))),

@@ -13,6 +13,7 @@ from pipeline.report.answers import question, remarks
 from pipeline.report.charts import Picture, draw_charts
 from pipeline.report.events import event_log
 from pipeline.report.rows import LAST_EPOCHS, Row
+from pipeline.report.scaling import HEADINGS, SHARES, find_scalings
 from pipeline.report.table import columns
 from shards.errors import UserError
 
@@ -31,26 +32,32 @@ _FACTS = (
 """What the page says of a run's `start` event: names, and templates of the event's fields."""
 
 
-def write(rows: Sequence[Row], out: Path) -> Path:
+def write(rows: Sequence[Row], out: Path, title: str | None = None, figures: Sequence[Picture] = ()) -> Path:
     """Write the page, with its charts as PNG files beside it, and return its path.
+
+    Args:
+        rows: of the table.
+        out: the folder.
+        title: of a sweep, instead of the question that runs are compared for.
+        figures: that come before the charts.
 
     Raises:
         UserError: `out` is not a folder that can be made and written to.
     """
-    pictures = draw_charts(rows)
+    pictures = [*figures, *draw_charts(rows)]
     path = out / "report.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             (out / picture.file).write_bytes(picture.png)
         # names that are not UTF-8 hold lone surrogates, which no encoder takes
-        path.write_text(_render(rows, pictures), encoding="utf-8", errors="replace")
+        path.write_text(_render(rows, pictures, title), encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{out}: the report cannot be written there: {error.strerror or error}") from error
     return path
 
 
-def _render(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
+def _render(rows: Sequence[Row], pictures: Sequence[Picture], title: str | None) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -71,7 +78,9 @@ def _render(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
         for name, record in row.runs.items()
     ]
     return environment.get_template("report.html").render(
-        question=headline,
+        question=title or headline,
+        of_a_sweep=title is not None,
+        tasks=sorted({row.paper.task for row in rows if row.paper is not None and row.paper.task}),
         answers=answers,
         rows=rows,
         columns=columns(rows),
@@ -79,6 +88,8 @@ def _render(rows: Sequence[Row], pictures: Sequence[Picture]) -> str:
         seeds=any(len(row.counted) > 1 for row in rows),
         intervals=any(row.interval for row in rows),
         last=LAST_EPOCHS,
+        scalings=find_scalings([record for row in rows for record in row.runs.values()]),
+        scaling_headings=HEADINGS,
         pictures=pictures,
         runs=runs,
     )
@@ -96,6 +107,13 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
             facts.append((name, template.format_map(start)))
         except (KeyError, ValueError):  # a field is missing, or text where a number was
             continue
+    shares = [
+        f"{text.percent(share)} {name}"
+        for field, name in SHARES.items()
+        if (share := record.mean_over_time(field)) is not None
+    ]
+    if shares:
+        facts.append(("time of updates", ", ".join(shares)))
     if record.evaluations:
         last = record.evaluations[-1]
         parts = [f"top-1 {text.number(last['top1'])} %"]

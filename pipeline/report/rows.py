@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import RESOLVED_FILE
+from pipeline.identity import changes_training, leaves
 from pipeline.metrics import Event
 from pipeline.record import MedianError, RunRecord
 from shards.errors import UserError
@@ -37,26 +39,30 @@ _IDENTITY = (
 )
 """Fields of `start` that the runs of a row share. The world size is not one: it does not change the training."""
 
-_NOT_TRAINING = (
-    "recipe.seed",
-    "recipe.run",
-    "recipe.loader",
-    "recipe.logging",
-    "recipe.checkpoint",
-    "gradient_accumulation_steps",
-    "steps_per_print",
-    "tensorboard",
-    "csv_monitor",
-    "wandb",
-    "comet",
-)
-"""Paths of a configuration that leave the training the same but for its seed."""
-
 # Two-sided 95 % quantiles of Student's t for 1 … 30 degrees of freedom; SciPy is not a dependency.
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PaperResult:
+    """What was published of a row.
+
+    Attributes:
+        error: mean top-1 error, percent.
+        std: its standard deviation over runs; None where it was not published.
+        source: where it stands.
+        task: what it was measured on, where that is not what the row's runs train; else empty.
+        difference: from the baseline's published error, in points; None for the baseline, or where it has none.
+    """
+
+    error: float
+    std: float | None = None
+    source: str = ""
+    task: str = ""
+    difference: float | None = None
 
 
 @dataclass
@@ -65,10 +71,12 @@ class Row:
 
     Attributes:
         label: what the row is called.
-        runs: its runs by name.
+        runs: its runs by name; a row of a sweep may not have any yet.
         baseline: whether the others are compared with this one.
         difference: mean error minus the baseline's, in points; None for the baseline, and while either is unfinished.
         interval: the difference's 95 % interval (Welch); None unless both rows have at least two runs.
+        paper: what was published of it, if anything.
+        notes: what else to know before trusting it, in sentences.
     """
 
     label: str
@@ -76,11 +84,13 @@ class Row:
     baseline: bool = False
     difference: float | None = None
     interval: tuple[float, float] | None = None
+    paper: PaperResult | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def start(self) -> Event:
-        """The facts that the runs of a row share."""
-        return next(iter(self.runs.values())).start
+        """The facts that the runs of a row share; empty without any."""
+        return next((record.start for record in self.runs.values()), {})
 
     @cached_property
     def counted(self) -> dict[str, RunRecord]:
@@ -89,8 +99,20 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        """Whether the figures are over finished runs."""
-        return all(record.finished for record in self.counted.values())
+        """Whether there are figures, and over finished runs."""
+        return bool(self.runs) and all(record.finished for record in self.counted.values())
+
+    @property
+    def state(self) -> str:
+        """What is to be said beside the label; empty where the figures are over finished runs."""
+        return "" if self.finished else "unfinished" if self.runs else "not trained"
+
+    @property
+    def paper_gap(self) -> float | None:
+        """Mean error minus the published one, in points; None while unfinished, or where it is of something else."""
+        if self.error is None or not self.finished or self.paper is None or self.paper.task:
+            return None
+        return self.error - self.paper.error
 
     @property
     def seeds(self) -> list[Any]:
@@ -130,7 +152,11 @@ class Row:
     @property
     def images_per_second(self) -> float | None:
         """Mean speed of a run."""
-        return self._mean(lambda record: record.mean_over_time("images_per_second"))
+        return self.mean_over_time("images_per_second")
+
+    def mean_over_time(self, field: str) -> float | None:
+        """Mean over the runs of a field's mean (`RunRecord.mean_over_time`)."""
+        return self._mean(lambda record: record.mean_over_time(field))
 
     def _mean(self, figure: Callable[[RunRecord], float | None]) -> float | None:
         values = [value for record in self.counted.values() if (value := figure(record)) is not None]
@@ -165,11 +191,11 @@ def compare(records: Sequence[RunRecord], reference: Path | str | None = None) -
         rows.insert(0, rows.pop(holds.index(True)))
     rows[0].baseline = True
     for row in rows[1:]:
-        _measure_difference(row, rows[0])
+        measure_difference(row, rows[0])
     return rows
 
 
-def _measure_difference(row: Row, baseline: Row) -> None:
+def measure_difference(row: Row, baseline: Row) -> None:
     """Set the row's difference from the baseline and, with seeds on both sides, Welch's interval of it."""
     if row.error is None or baseline.error is None or not (row.finished and baseline.finished):
         return
@@ -208,25 +234,12 @@ def _identity(record: RunRecord) -> str:
     """Equal for two runs exactly when they are seeds of one configuration."""
     facts = [record.start.get(key) for key in _IDENTITY]
     try:
-        resolved = json.loads((record.folder / "config.resolved.json").read_text("utf-8"))
+        resolved = json.loads((record.folder / RESOLVED_FILE).read_text("utf-8"))
     except (OSError, ValueError):  # a run copied without it: what was typed decides
         return json.dumps([facts, str(record.start.get("config")), _own_overrides(record)])
-    return json.dumps([facts, sorted((p, json.dumps(v)) for p, v in _flat(resolved) if _changes_training(p))])
+    return json.dumps([facts, sorted((p, json.dumps(v)) for p, v in leaves(resolved) if changes_training(p))])
 
 
 def _own_overrides(record: RunRecord) -> list[str]:
     overrides = map(str, record.start.get("overrides") or ())
-    return sorted(o for o in overrides if _changes_training(o.split("=", 1)[0].strip()))
-
-
-def _changes_training(path: str) -> bool:
-    return not any(path == other or path.startswith(other + ".") for other in _NOT_TRAINING)
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested objects with their dotted paths."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
+    return sorted(o for o in overrides if changes_training(o.split("=", 1)[0].strip()))

@@ -26,6 +26,11 @@ def spread(mean: float | None, std: float | None) -> str:
     return number(mean) if std is None else f"{number(mean)} ± {number(std)}"
 
 
+def percent(share: float | None) -> str:
+    """`0.914` as "91.4 %"."""
+    return UNKNOWN if share is None else f"{number(100 * share, 1)} %"
+
+
 def count(value: float | None) -> str:
     """`50000` as "50,000"."""
     return UNKNOWN if value is None else f"{round(value):,}"

@@ -95,9 +95,9 @@ class Launched:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still there after {seconds} s:\n{self.output}") from None
 
-    def output_of(self, code: int = 0) -> str:
+    def output_of(self, code: int = 0, seconds: float = 200) -> str:
         """What it printed, when it has ended with this exit code."""
-        assert self.code() == code, self.output
+        assert self.code(seconds) == code, self.output
         return self.output
 
 

@@ -144,15 +144,13 @@ def other_configuration(site: Site) -> Iterator[None]:
 
 @contextlib.contextmanager
 def more_slots_than_gpus(site: Site) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for host, count in ((site.first, 2), (site.second, 1)):
-            folder = site.folder / f"{host.name}-bin"
-            folder.mkdir(exist_ok=True)
-            tool = folder / "nvidia-smi"
-            lines = "\n".join(f"echo 'GPU {number}: NVIDIA H100 (UUID: GPU-{number})'" for number in range(count))
-            tool.write_text(f"#!/bin/sh\n{lines}\n")
-            tool.chmod(0o755)
-            stack.enter_context(sessions_with({"PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin"}, host))
+    folder = site.folder / "bin"  # the launching host's PATH is every host's
+    folder.mkdir(exist_ok=True)
+    tool = folder / "nvidia-smi"
+    first, second = (f"echo 'GPU {number}: NVIDIA H100 (UUID: GPU-{number})'" for number in range(2))
+    tool.write_text(f"#!/bin/sh\n{first}\n[ $(uname -n) = {site.second.name} ] || {second}\n")
+    tool.chmod(0o755)
+    with sessions_with({"PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin"}, site.first, site.second):
         yield
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipeline.fault import MISTAKE
 from pipeline.metrics import read_metrics
 from tests.cluster.hosts import Cluster
 from tests.cluster.launched import ONEHOUR_TRAIN, Launched, configure, tidy, wait_until_nothing_is_left
-from tests.training import assert_the_same_training, onehour, output_of
+from tests.training import assert_the_same_training, damage_an_image, onehour, output_of
 
 pytestmark = [pytest.mark.root, pytest.mark.launcher, pytest.mark.timeout(600)]
 
@@ -74,11 +76,11 @@ def test_a_host_goes_and_comes_back(cluster, unbroken, tiny_shards, tmp_path):
 
 
 def test_a_failure_that_repeats_is_not_tried_for_ever(cluster, tiny_shards, tmp_path):
-    """Every attempt meets the same error, that of a network which cannot be built."""
-    path = configure(tiny_shards, tmp_path, "failing", CHANGES)
-    settings = json.loads(path.read_text())
-    settings["recipe"]["model"]["args"]["drop_rate"] = 2.0  # an error that only the ranks meet
-    path.write_text(json.dumps(settings))
+    """Every attempt meets the same damaged image, which one rank alone decodes."""
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    damage_an_image(shards)
+    path = configure(shards, tmp_path, "failing", CHANGES)
     hostfile = cluster.hostfile(tmp_path / "hostfile", hosts=cluster.hosts[:2])
     options = ["--hostfile", hostfile, "--restarts", "50"]
     with tidy(cluster):
@@ -86,3 +88,15 @@ def test_a_failure_that_repeats_is_not_tried_for_ever(cluster, tiny_shards, tmp_
         assert launched.code(300) != 0
         wait_until_nothing_is_left(cluster.hosts, 10)
     assert launched.output.count("launching 4 ranks") == 2 and "on the same hosts twice" in launched.output
+
+
+def test_a_mistake_that_every_rank_meets_is_not_tried_twice(cluster, tiny_shards, tmp_path):
+    path = configure(tiny_shards, tmp_path, "mistaken", CHANGES)
+    settings = json.loads(path.read_text())
+    settings["recipe"]["model"]["args"]["drop_rate"] = 2.0  # a network that cannot be built
+    path.write_text(json.dumps(settings))
+    hostfile = cluster.hostfile(tmp_path / "hostfile", hosts=cluster.hosts[:2])
+    with tidy(cluster):
+        launched = Launched(cluster.hosts[0], path, "--hostfile", hostfile, "--restarts", "50", command=ONEHOUR_LAUNCH)
+        assert launched.code(300) == MISTAKE
+    assert launched.output.count("launching 4 ranks") == 1 and "drop_rate" in launched.output

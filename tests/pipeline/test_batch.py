@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline import batch, config
 from pipeline.batch import Batch
+from pipeline.schema import Step
 from shards.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -217,3 +219,44 @@ def test_largest_world_size_takes_all_ranks_where_the_batch_grows_with_them():
 
 def test_refusals_name_the_file():
     assert refusal(LOADED, 48).headline.startswith(f"{CONFIGS / 'imagenet_8k.json'}: ")
+
+
+def with_step(loaded: config.Config, **step: object) -> config.Config:
+    recipe = loaded.recipe.model_copy(update={"step": Step(**step)})
+    return dataclasses.replace(loaded, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("step", "world_size", "together"),
+    [
+        ({}, 1, 1),
+        ({"compile": True}, 1, 8),
+        ({"compile": True}, 64, 4),
+        ({"compile": True}, 256, 1),
+        ({"compile": True, "ghost_batches": 1}, 1, 1),
+        ({"ghost_batches": 16}, 8, 16),
+        ({"ghost_batches": 100}, 8, 32),
+        ({"ghost_batches": 7}, 8, 4),
+        ({"ghost_batches": 256}, 1, 256),
+    ],
+)
+def test_workers_at_once_divide_those_of_a_rank_and_change_nothing_else(step, world_size, together):
+    """kn = 8192, n = 32: 256 logical workers; eight of them are the 256 images that fill a GPU."""
+    sizes, plain = batch.resolve(with_step(LOADED, **step), world_size), batch.resolve(LOADED, world_size)
+    assert sizes == dataclasses.replace(plain, together=together)
+    assert sizes.deepspeed() == plain.deepspeed()
+    engine = sizes.for_engine()
+    assert engine["train_micro_batch_size_per_gpu"] == sizes.physical == 32 * together
+    assert engine["gradient_accumulation_steps"] == sizes.passes == sizes.accumulation // together
+    assert sizes.physical * sizes.passes * world_size == engine["train_batch_size"] == 8192
+
+
+def test_a_micro_batch_larger_than_what_fills_a_gpu_goes_through_by_itself():
+    large = with_step(with_sizes(4096, 512), compile=True)
+    assert batch.resolve(large, 1).together == 1
+
+
+@pytest.mark.parametrize("value", [0, -1, "all", 1.5])
+def test_how_many_workers_at_once_is_a_number_or_auto(value):
+    with pytest.raises(ValidationError, match="ghost_batches"):
+        Step(ghost_batches=value)

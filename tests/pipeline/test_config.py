@@ -15,7 +15,7 @@ from pipeline import batch, config, deepspeed_keys, deepspeed_schema, schema
 from shards.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-SHIPPED = sorted(CONFIGS.glob("*.json"))
+SHIPPED = sorted(CONFIGS.rglob("*.json"))
 GOOD = json.loads((CONFIGS / "imagenet_8k.json").read_text(encoding="utf-8"))
 ABSENT = type("Absent", (), {"__repr__": lambda self: "absent"})()  # a name of its own in the test ids
 
@@ -447,8 +447,11 @@ def test_wrong_type_or_range_names_the_path_and_the_value(tmp_path, path, value,
             {"optimizer": {"type": "AdamW", "params": {"lr": 1, "torch_adam": False, "amsgrad": True}}},
             ["optimizer.params.amsgrad", "DeepSpeed's own AdamW does not take it"],
         ),
-        ({"recipe.model.args": {"pretrained": True}}, ["recipe.model.args: pretrained", "not from weights"]),
-        ({"recipe.model.args": {"checkpoint_path": "w"}}, ["recipe.model.args: checkpoint_path", "not from weights"]),
+        ({"recipe.model.args": {"pretrained": True}}, ["recipe.model.args: pretrained", "recipe.model.start_from"]),
+        (
+            {"recipe.model.args": {"checkpoint_path": "w"}},
+            ["recipe.model.args: checkpoint_path", "recipe.model.start_from"],
+        ),
         ({"recipe.model.args": {"in_chans": 1}}, ["recipe.model.args: in_chans", "RGB"]),
         ({"recipe.transform.padding": 5}, ["recipe.transform: padding", 'crop "padded"', 'crop "resized"', "leave"]),
         (
@@ -751,7 +754,7 @@ def test_deepspeed_loads_file_and_resolved_configuration_as_they_are(path, tmp_p
     loaded = config.load(path)
     sizes = batch.resolve(loaded, 1)
     resolved = write(tmp_path, {**loaded.resolved(), **sizes.deepspeed()})
-    for file in (path, resolved):
+    for file in (resolved,) if loaded.bases else (path, resolved):  # DeepSpeed does not know extends
         theirs = DeepSpeedConfig(str(file))
         assert theirs.gradient_clipping == 0.0
         assert theirs.optimizer_name == "SGD"
@@ -846,3 +849,11 @@ def test_config_is_immutable():
         loaded.path = Path("x")
     with pytest.raises(ValueError, match="frozen"):
         loaded.recipe.epochs = 1
+
+
+@pytest.mark.parametrize(
+    ("stuck", "compiled", "patience"), [(600, False, 600), (600, True, 3600), (0, True, 0), (9999, True, 9999)]
+)
+def test_compiling_is_given_an_hour_before_it_counts_as_stuck(tmp_path, stuck, compiled, patience):
+    path = write(tmp_path, changed({"recipe.watchdog.stuck_seconds": stuck, "recipe.step": {"compile": compiled}}))
+    assert config.load(path).watchdog.stuck_seconds == patience

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import config, plan
+from pipeline.batch_norm import average_statistics
 from pipeline.engine import Engine, World, deepspeed_config
-from pipeline.loader import MicroBatch
 from pipeline.mixing import KeyedMixup
-from pipeline.model import average_statistics
 from pipeline.plan import Plan
-from tests.conftest import fork_ranks, tiny_config
+from tests.conftest import fork_ranks
+from tests.updates import CLASSES, N_MICRO, K, make_plan, micro_batch, network, physical_batches
 
-K, N_MICRO, UPDATES = 4, 8, 4
-CLASSES = 5
-
-
-def make_plan(path: Path, world_size: int, **changes: Any) -> Plan:
-    path.write_text(json.dumps(tiny_config(Path("data"), path.parent / "run", **changes)))
-    return plan.resolve(config.load(path), world_size, samples=130)
-
-
-def network(*, batch_norm: bool) -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, bias=not batch_norm),
-        nn.BatchNorm2d(6) if batch_norm else nn.Identity(),
-        nn.ReLU(),
-        nn.Conv2d(6, 8, 3, stride=2, bias=not batch_norm),
-        nn.BatchNorm2d(8) if batch_norm else nn.Identity(),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(8 * 3 * 3, CLASSES),
-    )
-
-
-def micro_batch(update: int, worker: int) -> MicroBatch:
-    """The images of one logical worker: the same whichever rank runs it."""
-    generator = np.random.default_rng([update, worker])
-    images = generator.integers(0, 256, size=(N_MICRO, 16, 16, 3), dtype=np.uint8)
-    labels = generator.integers(0, CLASSES, size=N_MICRO)
-    return MicroBatch(
-        images=torch.from_numpy(images).permute(0, 3, 1, 2),
-        labels=torch.from_numpy(labels),
-        weights=torch.ones(N_MICRO),
-        ids=np.arange(N_MICRO),
-    )
+UPDATES = 4
 
 
 def train_rank(
@@ -74,11 +42,11 @@ def train_rank(
         model.insert(len(model) - 1, nn.Dropout(dropout))
     torch.manual_seed(world.rank)  # what the generators held before must not matter
     engine = Engine(model, resolved, world)
-    accumulation = resolved.batch.accumulation
     lrs, losses, correct = [], [], []
     for update in range(updates):
-        workers = range(world.rank * accumulation, (world.rank + 1) * accumulation)
-        sums, _ = engine.update(iter([micro_batch(update, w) for w in workers]), update * resolved.batch.train)
+        batches = physical_batches(update, world.rank, resolved.batch)
+        sums, ids = engine.update(iter(batches), update * resolved.batch.train)
+        assert [len(worker) for worker in ids] == [N_MICRO] * resolved.batch.accumulation
         lrs.append(engine.lr_used)
         losses.append(sums[0].item())
         correct.append(sums[1].item())
@@ -309,3 +277,149 @@ def correct(world: World, path: Path, share: float | None) -> float:
 def test_a_mixed_image_is_correct_as_the_class_with_the_larger_share(tmp_path):
     plain, larger, smaller = (fork_ranks(correct, 1, tmp_path / str(share), share)[0] for share in (None, 0.6, 0.4))
     assert larger == plain and smaller != plain
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "extra", [{}, {"recipe.mixing": {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}}], ids=["plain", "mixed"]
+)
+def test_workers_that_go_through_the_model_at_once_are_the_same_training(tmp_path, world_size, extra):
+    [in_turn] = fork_ranks(train_rank, 1, tmp_path / "in-turn", True, extra)
+    at_once = fork_ranks(train_rank, world_size, tmp_path / "at-once", True, {"recipe.step.ghost_batches": 2, **extra})
+    assert sum(answer["losses"][0] for answer in at_once) == pytest.approx(in_turn["losses"][0], rel=1e-5)
+    for name, tensor in in_turn["state"].items():
+        if "num_batches" not in name:
+            assert torch.allclose(at_once[0]["state"][name], tensor, rtol=2e-4, atol=2e-5), name
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what a CUDA device would have to be waited for: values that Python or the shape of a result needs."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique2", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().split("::")[1].split(".")[0]
+        if name in self.WAITING:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def synchronisations(world: World, path: Path, changes: dict[str, Any]) -> list[str]:
+    """What is waited for in the fourth update: the first ones warm up."""
+    folder = path / str(world.rank)
+    folder.mkdir(parents=True)
+    resolved = make_plan(folder / "c.json", world.size, **changes)
+    model = network(batch_norm=True)
+    model.num_classes = CLASSES
+    engine = Engine(model, resolved, world)
+    counted = Synchronisations()
+    for update in range(4):
+        batches = iter(physical_batches(update, world.rank, resolved.batch))
+        with counted if update == 3 else contextlib.nullcontext():
+            engine.update(batches, update * resolved.batch.train)
+    return counted.found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fp16.enabled": True, "optimizer.params.fused": True},
+        {"bf16.enabled": True, "recipe.step.ghost_batches": 2},
+        {"recipe.mixing": {"mixup_alpha": 0.4}},
+    ],
+    ids=["fp32", "fp16", "bf16-ghosts", "mixup"],
+)
+def test_an_update_waits_for_nothing(tmp_path, world_size, changes):
+    for found in fork_ranks(synchronisations, world_size, tmp_path, changes):
+        assert found == []
+
+
+def test_what_waits_is_counted(tmp_path):
+    """Or the test above could not fail: the loss scaler asks an unfused optimizer's gradients at every update."""
+    [found] = fork_ranks(synchronisations, 1, tmp_path, {"fp16.enabled": True})
+    assert found == ["_local_scalar_dense"]
+
+
+def compiled_and_not(world: World, path: Path) -> dict[str, Any]:
+    """Losses of three updates, in two passes each, and the graphs that were compiled by then and later."""
+    from torch._dynamo.utils import counters
+
+    changes: dict[str, Any] = {"recipe.step.ghost_batches": 2}
+    eager = train_rank(world, path / "eager", True, changes, 3)["losses"]
+    counters.clear()
+    folder = path / f"compiled-{world.rank}"
+    folder.mkdir()
+    resolved = make_plan(folder / "c.json", world.size, **changes, **{"recipe.step.compile": True})
+    engine = Engine(network(batch_norm=True), resolved, world)
+    graphs, losses = [], []
+    for update in range(5):
+        batches = physical_batches(update, world.rank, resolved.batch)
+        losses.append(engine.update(iter(batches), update * resolved.batch.train)[0][0].item())
+        if update >= 2:
+            engine.evaluation_mode()
+            with torch.no_grad():
+                engine.forward(batches[0].images)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return {"eager": eager, "compiled": losses, "graphs": graphs}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_compiled_step_is_the_same_training_and_compiled_once(tmp_path, world_size):
+    """Model and normalisation, in training and in evaluation; whatever the pass, and after an evaluation."""
+    for found in fork_ranks(compiled_and_not, world_size, tmp_path, timeout=280):
+        assert found["compiled"][:3] == pytest.approx(found["eager"], rel=1e-3)
+        trained, also, evaluated, *later = found["graphs"]
+        assert trained == also == 2 and evaluated > trained and set(later) == {evaluated}
+
+
+def without_a_part(world: World, path: Path, overlap: bool) -> torch.Tensor:
+    """What updates make of a weight that no loss depends on, but that decays."""
+    folder = path / f"{world.size}-{world.rank}-{overlap}"
+    folder.mkdir(parents=True)
+    changes = {"recipe.step.overlap": overlap, "optimizer.params.weight_decay": 0.1}
+    resolved = make_plan(folder / "c.json", world.size, **changes)
+    model = network(batch_norm=False)
+    model.idle = nn.Linear(2, 2)
+    nn.init.ones_(model.idle.weight)
+    model.forward = lambda images: nn.Sequential(*list(model)[:-1])(images)
+    engine = Engine(model, resolved, world)
+    for update in range(2):
+        engine.update(iter(physical_batches(update, world.rank, resolved.batch)), update * resolved.batch.train)
+    return engine.model.idle.weight.detach().clone()
+
+
+def test_a_weight_without_a_part_in_the_loss_decays_whatever_the_ranks_and_whoever_averages(tmp_path):
+    weights = [
+        fork_ranks(without_a_part, world_size, tmp_path, overlap)[0]
+        for world_size in (1, 2)
+        for overlap in (True, False)
+    ]
+    assert (weights[0] < 0.999).all()
+    assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
+def late_rank(world: World, path: Path, late: float) -> tuple[float, float, float]:
+    """Updates to which rank 1 comes late: the seconds that they communicated for, and those that are left to take."""
+    resolved = make_plan(path / f"{world.rank}.json", world.size)
+    engine = Engine(network(batch_norm=False), resolved, world)
+    taken = []
+    for update in range(3):
+        if update == 2 and world.rank == 1:
+            time.sleep(late)
+        engine.update(iter(physical_batches(update, world.rank, resolved.batch)), update * resolved.batch.train)
+        if update:
+            taken.append(engine.take_communicated())
+    return taken[0], taken[1], engine.take_communicated()
+
+
+def test_waiting_for_another_ranks_gradients_is_communication_of_the_one_that_waits(tmp_path):
+    (_, waited, rest), (sent, after_sleep, _) = fork_ranks(late_rank, 2, tmp_path, 1.0)
+    assert 0.8 < waited < 30
+    assert 0 < after_sleep < waited / 2 and sent > 0
+    assert rest == 0  # each second is taken once

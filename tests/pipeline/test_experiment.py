@@ -39,16 +39,16 @@ def refusal(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 def test_evaluate_names_the_configuration_that_is_not_there(capsys, tmp_path):
     (tmp_path / checkpoint.WEIGHTS_FILE).write_bytes(b"x")
-    (tmp_path / checkpoint.RESOLVED_FILE).write_text("{}")
+    (tmp_path / config.RESOLVED_FILE).write_text("{}")
     message = refusal(capsys, "evaluate", tmp_path, "--config", tmp_path / "nope.json")
     assert "nope.json: there is no such configuration file" in message
-    assert checkpoint.RESOLVED_FILE not in message.splitlines()[0]
+    assert config.RESOLVED_FILE not in message.splitlines()[0]
 
 
 def test_evaluate_says_that_a_run_has_no_configuration(capsys, tmp_path):
     (tmp_path / checkpoint.WEIGHTS_FILE).write_bytes(b"x")
     message = refusal(capsys, "evaluate", tmp_path)
-    assert f"there is no {checkpoint.RESOLVED_FILE} beside the weights" in message and "--config" in message
+    assert f"there is no {config.RESOLVED_FILE} beside the weights" in message and "--config" in message
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -66,17 +66,21 @@ def test_a_fused_optimizer_survives_an_overflow_on_its_first_step(tiny_shards, t
 
 KEPT_UNTIL_COPIED = """
 import torch
+from pipeline.feed import Copier
 from pipeline.slabs import SlabRing
 
+copy = Copier(torch.device("cuda"))
 shape = (4, 256, 256, 3)
 for then in (shape, (4, 128, 128, 3)):  # the same slab again, and its memory for slabs of another size
-    ring, copies = SlabRing(most=1, pin=True), []
+    ring, copies = SlabRing(most=1, copied_on=copy.stream), []
     for value in range(8):
         slab = ring.take(shape)
         slab.pixels[...] = value
         tensor = ring.hand_out(slab)
-        torch.cuda._sleep(20_000_000)
-        copies.append(tensor.to("cuda", non_blocking=True))
+        with torch.cuda.stream(copy.stream):
+            torch.cuda._sleep(20_000_000)  # the copy is late
+        copies.append(copy(tensor) + 0)  # read on the stream that computes, which waits for it
+        torch.cuda._sleep(20_000_000)  # and that is busy, which no slab waits for
         del slab, tensor
         ring.take(then).pixels[...] = 255
         if then != shape:
@@ -91,4 +95,43 @@ def test_pixels_are_not_overwritten_before_they_have_been_copied():
     command = [sys.executable, "-c", KEPT_UNTIL_COPIED]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_compiled_step_with_ghost_batches_is_the_same_training(tiny_shards, tmp_path):
+    plain = train(tiny_shards, tmp_path, "plain", ENVIRONMENT)
+    changes = {"recipe.step.compile": True, "recipe.step.ghost_batches": 4}
+    compiled = train(tiny_shards, tmp_path, "compiled", ENVIRONMENT, **changes)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=2e-2)
+    assert compiled[-1]["event"] == "finished" and compiled[-1]["images"] == 35
+
+
+UNWAITED = """
+import json, sys
+from pathlib import Path
+import torch
+from pipeline import engine
+from pipeline.engine import Engine
+from tests.updates import make_plan, network, physical_batches
+
+world = engine.join()
+plan = make_plan(Path(sys.argv[1]), 1, **json.loads(sys.argv[2]))
+trained = Engine(network(batch_norm=True), plan, world)
+for update in range(8):
+    if update == 4:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.synchronize = lambda *arguments: sys.exit("the update waits for the device")
+    trained.update(iter(physical_batches(update, 0, plan.batch)), update * plan.batch.train)
+"""
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"fp16.enabled": True, "optimizer.params.fused": True}, {"bf16.enabled": True}], ids=str
+)
+def test_an_update_does_not_wait_for_the_device(tmp_path, changes):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", UNWAITED, str(tmp_path / "c.json"), json.dumps(changes)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr

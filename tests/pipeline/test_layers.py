@@ -13,9 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = """
-    section augment_schema schema deepspeed_schema deepspeed_keys config batch schedule order window augment rungs
-    tally dataset plan experiment versions hosts remote reach environment rendezvous lease fault saves resume samples
-    metrics record inventory divergence
+    section augment_schema options_schema schema deepspeed_schema deepspeed_keys config config_file batch schedule order
+    window augment rungs tally dataset plan experiment versions hosts remote reach environment rendezvous lease fault
+    saves resume samples metrics record inventory scaling scaling_paper scaling_text divergence identity
+    sweep_file sweep_state
 """.split()
 TRAINING = ("torch", "torchvision", "deepspeed", "timm", "webdataset")
 NOT_FOR_SHARDS = ("torch", "deepspeed", "webdataset", "pipeline")

@@ -89,6 +89,25 @@ def test_pixels_are_the_same_for_any_threads_and_ranks(reader, rung):
         assert epoch_pixels(reader, rung, world_size=world_size, threads=threads, prefetch=prefetch) == expected
 
 
+@pytest.mark.parametrize("together", [2, 4])
+def test_workers_at_once_are_one_micro_batch_of_the_same_samples(together):
+    order = Order(130, seed=5)
+    for world_size in (1, 2):
+        in_turn = Batch(train=32, micro=4, accumulation=8 // world_size, world_size=world_size)
+        at_once = replace(in_turn, together=together)
+        for rank in range(world_size):
+            single = list(training_requests(order, in_turn, TRANSFORM, rank, 2, 9))
+            joined = list(training_requests(order, at_once, TRANSFORM, rank, 2, 9))
+            assert len(single) == together * len(joined) and {len(request.ids) for request in joined} == {4 * together}
+            for name in ("ids", "epochs", "weights"):
+                parts = [np.concatenate([getattr(request, name) for request in some]) for some in (single, joined)]
+                assert np.array_equal(*parts), name
+            assert [request.first for request in joined] == [request.first for request in single[::together]]
+            assert [request.last for request in joined] == [
+                request.last for request in single[together - 1 :: together]
+            ]
+
+
 def test_augmented_pixels_and_sizes_are_the_same_for_any_threads_and_ranks(reader, rung):
     transform = Transform.model_validate(
         {
@@ -323,7 +342,8 @@ class Event:
         self.log = log
         self.done = False
 
-    def record(self) -> None:
+    def record(self, stream: str) -> None:
+        assert stream == "copies", "what is computed is not waited for"
         self.log.append("recorded")
 
     def query(self) -> bool:
@@ -365,7 +385,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("then", ["filled", "of another size", "too many"])
 def test_an_event_is_recorded_on_return_and_waited_for_before_the_slab_is(then, pinned):
-    ring, shape = SlabRing(most=1 if then == "too many" else slabs.SPARE, pin=True), (1, 4, 4, 3)
+    ring, shape = SlabRing(most=1 if then == "too many" else slabs.SPARE, copied_on="copies"), (1, 4, 4, 3)
     taken = [ring.take(shape) for _ in range(slabs.SPARE)]
     assert pinned == []
     for slab in taken:

@@ -15,7 +15,6 @@ from torch import nn
 from pipeline import model, schema
 from pipeline.checkpoint import load_weights
 from shards.errors import UserError
-from tests.conftest import fork_ranks
 
 RESNET50 = schema.Model(name="resnet50")
 
@@ -149,7 +148,7 @@ def test_a_model_that_does_not_run_on_the_meta_device_is_checked_with_values_and
     before = torch.get_rng_state()
     network = model.create(schema.Model(name="resnet18"), 10, seed=0, sizes=(32,))
     torch.set_rng_state(before)
-    rows = dict(model.describe(network, weight_decay=1e-4, micro=4, size=32, precision="fp32"))
+    rows = dict(model.describe(network, weight_decay=1e-4, images=4, size=32, precision="fp32"))
     assert rows["memory"].startswith("not estimated · 0.0 M parameters")
 
 
@@ -161,39 +160,6 @@ def test_checking_the_size_leaves_weights_statistics_and_random_numbers_alone():
     assert torch.equal(after_checked, torch.rand(1))
     ours, theirs = checked.state_dict(), unchecked.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_accumulated_statistics_are_those_of_the_workers_averaged():
-    """One layer that runs 4 micro-batches in turn, against 4 layers that run one each and are averaged."""
-    torch.manual_seed(0)
-    single = nn.BatchNorm2d(3).double()
-    workers = [nn.BatchNorm2d(3).double() for _ in range(4)]
-    statistics = model.LogicalWorkerStatistics(single, accumulation=4)
-    for _ in range(3):
-        batches = torch.randn(4, 8, 3, 5, 5, dtype=torch.float64) * 3 + 1
-        with statistics.update():
-            for index in range(4):
-                statistics.micro_step(index)
-                single(batches[index])
-                workers[index](batches[index])
-        assert single.momentum == 0.1
-    for name in ("running_mean", "running_var"):
-        expected = torch.stack([getattr(worker, name) for worker in workers]).mean(dim=0)
-        assert torch.allclose(getattr(single, name), expected, rtol=0, atol=1e-14)
-
-
-def averaged(world) -> dict[str, torch.Tensor]:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
-    network[1].running_mean.fill_(world.rank)
-    network[1].running_var.copy_(torch.arange(4) * 10.0**world.rank)
-    model.average_statistics(network)
-    return {"mean": network[1].running_mean, "var": network[1].running_var}
-
-
-def test_statistics_are_averaged_over_the_ranks():
-    for answer in fork_ranks(averaged, 3):
-        assert torch.equal(answer["mean"], torch.ones(4))
-        assert torch.allclose(answer["var"], torch.arange(4) * 37.0)
 
 
 def test_the_export_is_timm_s_own_file(tmp_path):
@@ -221,7 +187,7 @@ def test_weights_that_do_not_fit_are_a_user_error(tmp_path):
 
 
 def test_memory_and_decay_are_described(resnet50):
-    rows = dict(model.describe(resnet50, weight_decay=1e-4, micro=32, size=224, precision="fp32"))
+    rows = dict(model.describe(resnet50, weight_decay=1e-4, images=32, size=224, precision="fp32"))
     assert "55 weights and biases" in rows["decay"] and "106 normalisation" in rows["decay"]
     assert "25.6 M parameters" in rows["memory"] and "204.5 MB" in rows["memory"]
     amount, unit, *_ = rows["memory"].split()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import config, plan
 from pipeline.schedule import GradualWarmupLR, Schedule, exact
@@ -24,6 +26,7 @@ def build(kn: int, warmup: str = "gradual", samples: int = N, **params) -> Sched
         reference_batch=256,
         train_batch_size=kn,
         samples_per_epoch=samples,
+        epochs=90,
     )
 
 
@@ -48,8 +51,6 @@ def updates_of(kn: int, samples: int = N) -> int:
 @pytest.fixture
 def optimizer():
     """A real optimizer with two groups, as the trainer has (decayed and not)."""
-    import torch
-
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     return torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:], "weight_decay": 0.0}], lr=123.0)
 
@@ -61,6 +62,7 @@ def scheduler(optimizer, kn: int = 8192, warmup: str = "gradual", samples: int =
         reference_batch=256,
         train_batch_size=kn,
         samples_per_epoch=samples,
+        epochs=90,
         warmup=warmup,
         **PAPER,
     )
@@ -199,6 +201,118 @@ def test_fractional_epochs_are_the_decimals_written():
     assert [schedule.lr(s) for s in (99, 100, 299, 300)] == [3.2, 0.32, 0.32, 0.032]
 
 
+# ---------------------------------------------------------------- beyond the paper
+
+
+SHAPES = {
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 + math.cos(math.pi * (1 - left))) / 2,
+    "polynomial": lambda left: left**2.5,
+}
+
+
+@pytest.mark.parametrize("decay", SHAPES)
+@pytest.mark.parametrize("final_lr", [0, 0.01])
+@pytest.mark.parametrize("warmup", ["gradual", "none"])
+def test_a_decay_goes_from_the_end_of_warmup_to_the_end_of_the_run(decay, final_lr, warmup):
+    power = {"power": 2.5} if decay == "polynomial" else {}
+    params = {"warmup_epochs": 5, "decay": decay, "final_lr": final_lr, **power}
+    schedule = Schedule.build(
+        ScheduleParams(warmup=warmup, **params),
+        lr=0.1,
+        reference_batch=256,
+        train_batch_size=8192,
+        samples_per_epoch=1000,
+        epochs=45,
+    )
+    begin = 5 if warmup == "gradual" else 0
+    assert schedule.lr(begin * 1000) == 3.2
+    for samples in range(begin * 1000, 45_000, 777):
+        left = (45 - samples / 1000) / (45 - begin)
+        assert schedule.lr(samples) == pytest.approx(final_lr + (3.2 - final_lr) * SHAPES[decay](left), rel=1e-12)
+    assert schedule.lr(45_000) == schedule.lr(50_000) == final_lr
+    if warmup == "gradual":
+        assert schedule.lr(2500) == pytest.approx(0.1 + 3.1 / 2)
+
+
+def test_the_shapes_are_torchs_own():
+    """At whole epochs: torch's schedulers count them."""
+    from torch.optim import SGD
+    from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for decay, theirs in (
+        ({"decay": "cosine", "final_lr": 0.02}, lambda o: CosineAnnealingLR(o, 30, eta_min=0.02)),
+        ({"decay": "polynomial", "power": 3}, lambda o: PolynomialLR(o, 30, power=3)),
+        ({"decay": "linear"}, lambda o: PolynomialLR(o, 30, power=1)),
+    ):
+        params = ScheduleParams(warmup="none", **decay)
+        sizes = {"reference_batch": 256, "train_batch_size": 256, "samples_per_epoch": 100, "epochs": 30}
+        ours = Schedule.build(params, lr=0.1, **sizes)
+        optimizer = SGD([parameter], lr=0.1)
+        scheduler = theirs(optimizer)
+        for epoch in range(30):
+            assert ours.lr(100 * epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), (decay, epoch)
+            optimizer.step()
+            scheduler.step()
+
+
+def test_constant_stays():
+    schedule = build_with(ScheduleParams(warmup="none", decay="constant"))
+    assert {schedule.lr(samples) for samples in range(0, 90 * 1000, 999)} == {3.2}
+
+
+def build_with(params: ScheduleParams, **changes) -> Schedule:
+    sizes = {"lr": 0.1, "reference_batch": 256, "train_batch_size": 8192, "samples_per_epoch": 1000, "epochs": 90}
+    return Schedule.build(params, **{**sizes, **changes})
+
+
+@pytest.mark.parametrize(("scaling", "peak"), [("linear", 3.2), ("square_root", 0.1 * 32**0.5), ("none", 0.1)])
+def test_the_rate_follows_the_batch_by_the_rule_that_is_asked_for(scaling, peak):
+    """Table 2a: 0.1·32, 0.1·√32 and a fixed 0.1 at kn = 8k, with warmup where the rate is scaled up."""
+    schedule = build_with(ScheduleParams(milestones=[30]), scaling=scaling)
+    assert schedule.lr(6000) == pytest.approx(peak, rel=1e-15) and schedule.lr(0) == 0.1
+    assert schedule.lr(31_000) == pytest.approx(peak / 10, rel=1e-15)
+    assert schedule.warms_up == (scaling != "none")
+
+
+@pytest.mark.parametrize("scaling", ["linear", "square_root", "none"])
+def test_at_the_reference_batch_every_rule_is_the_same(scaling):
+    assert build_with(ScheduleParams(), scaling=scaling, train_batch_size=256).lr(9000) == 0.1
+
+
+def test_a_warmup_may_begin_elsewhere():
+    schedule = build_with(ScheduleParams(warmup_lr=0, warmup_epochs=2), scaling="none")
+    assert schedule.warms_up, "even where the rate is not scaled up"
+    assert [schedule.lr(samples) for samples in (0, 500, 1000, 2000)] == [0.0, 0.025, 0.05, 0.1]
+
+
+def test_a_warmup_longer_than_the_run_never_decays():
+    schedule = build_with(ScheduleParams(decay="cosine", warmup_epochs=5), epochs=3)
+    assert schedule.lr(2999) == pytest.approx(0.1 + 3.1 * 2.999 / 5)
+
+
+@pytest.mark.parametrize(
+    ("params", "key"),
+    [
+        ({"decay": "cosine", "milestones": [30]}, "milestones"),
+        ({"decay": "linear", "gamma": 0.5}, "gamma"),
+        ({"final_lr": 0.1}, "final_lr"),
+        ({"decay": "constant", "final_lr": 0.1}, "final_lr"),
+        ({"decay": "cosine", "power": 3}, "power"),
+    ],
+)
+def test_a_key_that_the_decay_does_not_read_is_refused(params, key):
+    with pytest.raises(ValueError, match=f"{key} is for decay"):
+        ScheduleParams(**params)
+
+
+def test_a_key_at_its_default_says_nothing():
+    """A resolved configuration has every default written out."""
+    params = ScheduleParams(decay="cosine")
+    assert ScheduleParams.model_validate(params.model_dump()) == params
+
+
 @pytest.mark.parametrize(
     ("number", "fraction"), [(0.1, Fraction(1, 10)), (1e-4, Fraction(1, 10_000)), (5, Fraction(5))]
 )
@@ -266,8 +380,6 @@ def test_a_step_that_deepspeed_skips_after_an_overflow_does_not_shift_the_rate(o
 
 @pytest.mark.parametrize("update", [0, 1, 500, 782, 4691, 4692, 14_075])
 def test_state_travels_to_a_new_scheduler_and_sets_the_rate(optimizer, update):
-    import torch
-
     first = scheduler(optimizer)
     first.seek(update * 8192)
     state = first.state_dict()
@@ -283,5 +395,11 @@ def test_state_travels_to_a_new_scheduler_and_sets_the_rate(optimizer, update):
 def test_parameters_of_the_json_block_are_validated(optimizer):
     with pytest.raises(ValueError, match="warmup_epoch"):
         GradualWarmupLR(
-            optimizer, lr=0.1, reference_batch=256, train_batch_size=8192, samples_per_epoch=N, warmup_epoch=5
+            optimizer,
+            lr=0.1,
+            reference_batch=256,
+            train_batch_size=8192,
+            samples_per_epoch=N,
+            epochs=90,
+            warmup_epoch=5,
         )

@@ -25,7 +25,6 @@ from pipeline.rungs import RUNGS
 from pipeline.samples import read_samples
 from shards.cli import main as shards_main
 from shards.files import exclusive
-from shards.index import load_split
 from tests.conftest import kill_everything, tiny_config
 from tests.training import (
     BN_FREE_TOLERANCE,
@@ -36,6 +35,7 @@ from tests.training import (
     assert_close,
     assert_the_run_is_exact,
     assert_the_same_training,
+    damage_an_image,
     onehour,
     output_of,
     run_of,
@@ -157,18 +157,12 @@ def test_a_run_killed_in_mid_epoch_goes_on_with_other_ranks_as_if_nothing_had_be
 
 @pytest.mark.slow  # test_loader shows that the loader names it
 def test_a_corrupt_image_ends_the_run_and_is_named(write_config: Callable[..., Path], tiny_shards, tmp_path):
-    """Overwrite an image inside a tar, sizes unchanged: only decoding can notice."""
     shards = tmp_path / "damaged"
     shutil.copytree(tiny_shards, shards)
-    split = load_split(shards, "train")
-    tar, record = split.shards[0].path, split.samples[0]
-    tar.chmod(0o644)
-    with tar.open("r+b") as file:
-        file.seek(int(record["offset"]))
-        file.write(b"not an image, not at all")
+    tar, key = damage_an_image(shards)
     began = time.monotonic()
     output = output_of(onehour("train", write_config("damaged", {"recipe.data": str(shards)}), "--ranks", "2"), code=1)
-    assert tar.name in output and split.key(0) in output and "cannot be decoded" in output
+    assert tar in output and key in output and "cannot be decoded" in output
     assert "did not finish" in output and "Traceback" not in output
     assert time.monotonic() - began < 60
 

@@ -84,6 +84,8 @@ class Run:
             epoch = self.samples / TRAIN
             rate = 2_400 * (1 + self.random.normal(0, 0.01))
             seconds = (self.samples - before) / rate
+            shares = {"communication": 0.03, "data_wait": 0.004 * (1 + self.random.random())}
+            shares["compute"] = 1 - sum(shares.values())
             self.log(
                 "train",
                 seconds,
@@ -93,7 +95,7 @@ class Run:
                 loss=self.error(epoch) / 15,
                 lr=self.lr(epoch),
                 images_per_second=rate,
-                data_wait=0.004 * (1 + self.random.random()),
+                **shares,
                 skipped_steps=0,
                 step_seconds=self.kn / rate,
             )
@@ -101,7 +103,7 @@ class Run:
             if number > math.floor(before / TRAIN):
                 error = self.error(number)
                 self.log("epoch", epoch=number, samples=self.samples, loss=error / 15, top1=97 - error, seconds=21.3,
-                         images_per_second=rate, data_wait=0.005)  # fmt: skip
+                         images_per_second=rate, **shares)  # fmt: skip
                 self.log("evaluation", 2, epoch=round(epoch, 4), samples=self.samples, top1=100 - error,
                          top5=100 - error / 4, loss=error / 20, images=evaluated, seconds=2.0)  # fmt: skip
                 self.log("checkpoint", 0.4, samples=self.samples, path=f"step-{self.samples // self.kn}", seconds=0.4)

@@ -1,0 +1,91 @@
+"""A real sweep, killed in the middle and started again: what has finished is not trained again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import cli
+from pipeline.metrics import Event, read_metrics
+from pipeline.record import RunRecord
+from pipeline.sweep_state import ENDED, LOG_FILE, STARTED
+from tests.conftest import kill_everything, tiny_config
+from tests.training import VAL, onehour, output_of
+
+pytestmark = pytest.mark.launcher
+
+
+def events(path: Path, kind: str) -> list[Event]:
+    return [event for event in read_metrics(path) if event["event"] == kind] if path.exists() else []
+
+
+def test_killed_half_way_and_started_again_it_trains_what_is_missing(
+    tiny_shards: Path, tmp_path: Path, capsys, monkeypatch
+):
+    """Two arms, two seeds, two at once; the sweep and its process group get SIGKILL in the middle of the second arm."""
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny_config(tiny_shards, Path("elsewhere"))))
+    arms = [
+        {"name": "short", "set": {"recipe.epochs": 2}, "paper": {"error": 23.6, "std": 0.12}},
+        {
+            "name": "long",
+            "set": {"recipe.epochs": 14, "train_batch_size": 16, "recipe.checkpoint.every_epochs": 2},
+            "paper": {"error": 23.74},
+        },
+    ]
+    figures = [{"kind": "curves", "validation": True}, {"kind": "minibatch"}]
+    path = tmp_path / "toy.yaml"
+    sections = {"title": "A toy", "base": "tiny.json", "seeds": [0, 1], "arms": arms, "figures": figures}
+    path.write_text(json.dumps(sections))
+    out = tmp_path / "runs"
+    words = ("sweep", path, "--out", out, "--jobs", "2", "--ranks", "1")
+    short, long = ([out / arm / f"seed-{seed}" for seed in (0, 1)] for arm in ("short", "long"))
+
+    process = onehour(*words, ONEHOUR_TEST=str(tmp_path))
+    try:
+        deadline = time.monotonic() + 200
+        while not (saved := [run for run in long if events(run / "metrics.jsonl", "checkpoint")]):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in short]
+        assert not any(events(run / "metrics.jsonl", "finished") for run in long), "that was not half-way"
+
+        output = output_of(onehour(*words, ONEHOUR_TEST=str(tmp_path)))
+    finally:
+        kill_everything(f"ONEHOUR_TEST={tmp_path}")
+
+    assert "4 runs: 2 finished, " in output and "to resume at epoch" in output
+    assert "4 of 4 runs have finished" in output and "Traceback" not in output
+    assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in short] == before
+    assert [len(events(run / "metrics.jsonl", "start")) for run in (*short, *saved)] == [1, 1, *(2 for _ in saved)]
+    assert all(RunRecord.read(run).start["resumed_from"] for run in saved), "it went on where it was saved"
+    started = [event["run"] for event in events(out / LOG_FILE, STARTED)]
+    assert sorted(started[:4]) == ["long/seed-0", "long/seed-1", "short/seed-0", "short/seed-1"]
+    assert sorted(started[4:]) == ["long/seed-0", "long/seed-1"]
+    ended = [event["run"] for event in events(out / LOG_FILE, ENDED) if event["how"] == "finished"]
+    assert sorted(ended) == sorted(started[:4])
+    assert [(run.parent / f"{run.name}.log").read_text().count("== ") for run in (*short, *long)] == [1, 1, 2, 2]
+
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["report", str(path), "--runs", str(out), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for row, runs in zip(answer["rows"], (short, long), strict=True):
+        medians = []
+        for run in runs:
+            errors = [100 - event["top1"] for event in RunRecord.read(run).evaluations]
+            medians.append(float(np.median(errors[-5:])))
+        assert row["medians"] == pytest.approx(medians)
+        assert row["top1_error"] == pytest.approx(np.mean(medians))
+        assert row["std"] == pytest.approx(np.std(medians, ddof=1))
+        assert row["seeds"] == [0, 1] and row["images"] == [VAL]
+    assert answer["rows"][0]["paper"]["error"] == 23.6
+    for name in ("report.html", "figure-1.png", "figure-2.png"):
+        assert (out / name).stat().st_size > 5_000, name
