@@ -316,9 +316,10 @@ class _Teller:
         self._status.update(Text(" · ".join(f"{job.name} {_progress(job.folder)}".rstrip() for job in jobs)))
         self._status.start()
 
-    def stopping(self) -> None:
+    def stopping(self, *, again: bool) -> None:
         """See `sweep_jobs.Watcher`."""
-        self._console.print("stopping: the runs save after the update that they are in; again: at once")
+        how = "the runs end as they are" if again else "the runs save after the update that they are in; again: at once"
+        self._console.print(f"stopping: {how}")
 
     def close(self) -> None:
         """Take the live line off the screen."""

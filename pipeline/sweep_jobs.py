@@ -70,8 +70,8 @@ class Watcher(Protocol):
     def running(self, jobs: Sequence[Job]) -> None:
         """These run at the moment; told again and again."""
 
-    def stopping(self) -> None:
-        """They were told to stop."""
+    def stopping(self, *, again: bool) -> None:
+        """They were told to stop; `again`: at once, without a save."""
 
 
 class Jobs:
@@ -110,8 +110,8 @@ class Jobs:
         try:
             while self._running or (self._waiting and not self.stopping):
                 if len(self._signals) > passed_on:
+                    self._watcher.stopping(again=passed_on > 0)
                     passed_on += 1  # one in each round: signals that come together are taken for one
-                    self._watcher.stopping()
                     self._tell_all()
                 if not self.stopping:
                     self._start_what_can_be()

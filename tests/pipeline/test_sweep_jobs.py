@@ -109,8 +109,8 @@ class Seen:
     def ended(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
         self.events.append(("ended", job.name, code, stopping))
 
-    def stopping(self) -> None:
-        self.events.append(("stopping",))
+    def stopping(self, *, again: bool) -> None:
+        self.events.append(("stopping", again))
 
     def running(self, jobs: Sequence[Job]) -> None:
         self.most = max(self.most, len(jobs))
@@ -192,7 +192,7 @@ def test_a_signal_is_passed_on_and_nothing_new_is_started(tmp_path, number):
     before = signal.getsignal(number)
     jobs.run()
     thread.join()
-    assert len(seen.of("stopping")) == 1
+    assert seen.of("stopping") == [(False,)]
     assert jobs.stopping and signal.getsignal(number) == before
     assert seen.of("started") == [("a",), ("b",)]
     assert sorted(seen.of("ended")) == [("a", 75, True), ("b", 75, True)]
@@ -215,6 +215,7 @@ def test_a_second_signal_is_passed_on_too(tmp_path):
     Jobs([job(tmp_path, "a", deaf)], [Share((), ())], seen).run()
     thread.join()
     assert seen.of("ended") == [("a", 9, True)]
+    assert seen.of("stopping") == [(False,), (True,)]
 
 
 def test_nobody_trains_on_when_the_sweep_is_killed(tmp_path):
