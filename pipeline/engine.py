@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -38,6 +37,7 @@ from pipeline.ema import WeightAverage
 from pipeline.feed import Copier, Normalise
 from pipeline.float32 import allow_tf32
 from pipeline.loader import MicroBatch
+from pipeline.loss import training_loss
 from pipeline.meeting import choose_interface, connect, meet
 from pipeline.mixing import KeyedMixup
 from pipeline.model import parameter_groups
@@ -226,6 +226,7 @@ class Engine:
         if recipe.step.compile:
             self._compile(len(recipe.transform.sizes))
         self._mixup = KeyedMixup(recipe.mixing, self.model.num_classes, recipe.seed) if recipe.mixing else None
+        self._loss = training_loss(recipe.loss)
         self._overflows = OverflowCounter(self.optimizer)
         self._lr_used = float("nan")
         self._configure_loss_scale()
@@ -324,7 +325,7 @@ class Engine:
                     images, targets = self._mix(images, labels, number, worker)
                     labels = targets.argmax(dim=1)
                 logits = self._engine(images).float()
-                loss = F.cross_entropy(logits, targets)
+                loss = self._loss(logits, targets)
                 with torch.no_grad():
                     count = len(labels)
                     correct = (logits.argmax(dim=1) == labels).sum()

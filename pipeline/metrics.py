@@ -9,7 +9,7 @@ waiting for a slower rank, of whatever it is slow), `compute` is the rest. Null 
 
     start       config overrides model train_samples val_samples epochs seed world_size train_batch_size micro_batch
                 logical_workers accumulation workers_at_once reference_lr reference_batch peak_lr steps_per_epoch steps
-                order decoder precision index_digest run device host plan versions resumed_from
+                order decoder precision loss index_digest run device host plan versions resumed_from
     resume      samples path world_size saved_world_size: of the process that saved, or null
     train       step samples epoch loss [top1] lr images_per_second compute communication data_wait skipped_steps
                 step_seconds

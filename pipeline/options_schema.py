@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.section import Section
 
@@ -22,3 +22,21 @@ class Ema(Section):
     def decay_at(self, update: int) -> float:
         """The decay at update `update`, counted from 1."""
         return min(self.decay, 1 - update ** (-2 / 3)) if self.warmup else self.decay
+
+
+class Loss(Section):
+    """What training minimises; evaluation measures plain cross entropy whatever this says."""
+
+    kind: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    label_smoothing: float = Field(
+        0, ge=0, lt=1, description="share of the target that all classes get alike; with mixing, see mixing"
+    )
+    target_threshold: float | None = Field(
+        None, ge=0, lt=1, description="targets above it are 1, others 0; binary_cross_entropy only"
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> Loss:
+        if self.target_threshold is not None and self.kind != "binary_cross_entropy":
+            raise ValueError("target_threshold is for binary_cross_entropy: leave it out")
+        return self

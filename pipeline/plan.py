@@ -93,6 +93,19 @@ class Plan:
         """Whole updates whose images BN's statistics are recomputed over before an evaluation; 0 if they are not."""
         return math.ceil(self.config.recipe.evaluation.precise_bn / self.batch.train)
 
+    @property
+    def loss(self) -> str | None:
+        """What training minimises, for people; None for plain cross entropy."""
+        recipe = self.config.recipe
+        section = recipe.loss
+        smoothing = recipe.mixing.label_smoothing if recipe.mixing is not None else section.label_smoothing
+        if section.kind == "cross_entropy" and not smoothing:
+            return None
+        parts = ["binary cross entropy" if section.kind == "binary_cross_entropy" else "cross entropy"]
+        parts += [f"label smoothing {smoothing:g}"] if smoothing else []
+        parts += [f"targets above {section.target_threshold:g} are 1"] if section.target_threshold is not None else []
+        return ", ".join(parts)
+
     def epoch(self, samples: int) -> float:
         """The position `samples` in epochs."""
         return samples / self.train_samples
@@ -129,6 +142,7 @@ class Plan:
             "order": self.order.name,
             "decoder": self.rungs[0] if self.rungs else None,
             "precision": self._precision,
+            "loss": self.loss,
             "index_digest": self.digest,
             "run": str(self.config.run_folder),
             "deepspeed": {**self._masked(), **self.batch.deepspeed()},
@@ -190,6 +204,7 @@ class Plan:
             ("order", f"{self.order.name}, seed {recipe.seed}: every image once per epoch, any number of ranks"),
             *([] if isinstance(self.order, Order) else [("", self._locality_line())]),
             *self._augmentation_rows(),
+            *([("loss", f"{self.loss} · in training alone · not in the paper's recipe")] if self.loss else []),
             ("data", self._data_line()),
             *self._evaluation_rows(),
             (

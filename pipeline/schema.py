@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.augment_schema import AutoAugment, ColorJitter, Mixing, RandomErasing, Resolution
-from pipeline.options_schema import Ema
+from pipeline.options_schema import Ema, Loss
 from pipeline.section import Section, check_rectangles, lists_to_tuples
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -281,6 +281,7 @@ class Recipe(Section):
     run: str | None = Field(None, description="run folder; default runs/<name of the config>")
     transform: Transform = Transform()
     mixing: Mixing | None = None
+    loss: Loss = Loss()
     order: SampleOrder = SampleOrder()
     cache: Cache = Cache()
     stream: str | None = Field(
@@ -300,6 +301,14 @@ class Recipe(Section):
         if late:
             raise ValueError(
                 f"transform.progressive: from_epoch {late[0]:g} is never reached: the run ends at epoch {self.epochs:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_smoothing(self) -> Recipe:
+        if self.mixing is not None and self.loss.label_smoothing:
+            raise ValueError(
+                "loss.label_smoothing is for images that are not mixed: with mixing, write mixing.label_smoothing"
             )
         return self
 

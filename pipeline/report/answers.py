@@ -43,6 +43,11 @@ def remarks(row: Row) -> list[str]:
             images = ", ".join(map(text.count, median.images))
             found.append(f"{name} was evaluated on {images} of {text.count(whole)} images: not the whole set.")
         found += _averages(name, record)
+        if record.start.get("loss"):
+            found.append(
+                f"{name} was trained with {record.start['loss']}: its training loss is not comparable with others'; "
+                "errors, and the loss of evaluations, are."
+            )
     if len(set(row.seeds)) < len(row.seeds):
         found.append(f"{row.label}: a seed occurs more than once, so ± understates the spread.")
     return [*found, *row.notes]

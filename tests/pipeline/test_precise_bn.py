@@ -115,6 +115,19 @@ def test_the_training_goes_on_as_without_and_its_statistics_from_the_recomputed_
         torch.testing.assert_close(ours.double(), 0.9 * precise.double() + 0.1 * new, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow  # a minute of compilation
+def test_a_compiled_model_has_the_same_ones(tmp_path):
+    """Its momentum is a tensor, and it is compiled once more for a pass in which BN alone is in training."""
+    changes = {"recipe.step.ghost_batches": 2}
+    [eager] = fork_ranks(statistics, 1, tmp_path / "eager", changes, False)
+    [compiled] = fork_ranks(
+        statistics, 1, tmp_path / "compiled", {**changes, "recipe.step.compile": True}, False, timeout=280
+    )
+    for ours, theirs in zip(compiled["found"][1], eager["found"][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+
+
 def test_frozen_layers_keep_theirs(tmp_path):
     [answer] = fork_ranks(statistics, 1, tmp_path, {}, True)
     state = plain(answer["before"])
