@@ -27,8 +27,9 @@ from pipeline.float32 import allow_tf32
 from pipeline.metrics import Event, read_metrics
 from shards.cli import main as shards_main
 from tests.conftest import fork_ranks
-from tests.pipeline.test_engine import first_update, make_plan, micro_batch, network
+from tests.pipeline.test_engine import first_update
 from tests.training import ENVIRONMENT
+from tests.updates import make_plan, micro_batch, network
 
 FLOAT16 = {"fp16.enabled": True}
 PRECISIONS = {
@@ -60,8 +61,8 @@ def dtypes(world: World, path: Path, changes: dict[str, Any]) -> dict[str, set[t
     seen: dict[str, set[torch.dtype]] = {"convolution": set(), "loss": set(), "gradients": set()}
     cross_entropy = F.cross_entropy
 
-    def watched(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        loss = cross_entropy(logits, *arguments)
+    def watched(logits: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = cross_entropy(logits, *arguments, **options)
         seen["loss"] |= {logits.dtype, loss.dtype}
         return loss
 
