@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,10 +347,11 @@ def test_what_waits_is_counted(tmp_path):
     assert found == ["_local_scalar_dense"]
 
 
-def compiled_and_not(world: World, path: Path) -> dict[str, Any]:
+def compiled_and_not(world: World, path: Path, backend: str) -> dict[str, Any]:
     """Losses of three updates, in two passes each, and the graphs that were compiled by then and later."""
     from torch._dynamo.utils import counters
 
+    torch.compile = partial(torch.compile, backend=backend)
     changes: dict[str, Any] = {"recipe.step.ghost_batches": 2}
     eager = train_rank(world, path / "eager", True, changes, 3)["losses"]
     counters.clear()
@@ -369,10 +371,18 @@ def compiled_and_not(world: World, path: Path) -> dict[str, Any]:
     return {"eager": eager, "compiled": losses, "graphs": graphs}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_compiled_step_is_the_same_training_and_compiled_once(tmp_path, world_size):
+@pytest.mark.parametrize(
+    ("world_size", "backend"),
+    # Inductor takes minutes where it has compiled nothing yet; what is compiled when, it does not decide
+    [
+        (1, "aot_eager"),
+        (2, "aot_eager"),
+        pytest.param(1, "inductor", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
+)
+def test_a_compiled_step_is_the_same_training_and_compiled_once(tmp_path, world_size, backend):
     """Model and normalisation, in training and in evaluation; whatever the pass, and after an evaluation."""
-    for found in fork_ranks(compiled_and_not, world_size, tmp_path, timeout=280):
+    for found in fork_ranks(compiled_and_not, world_size, tmp_path, backend, timeout=580):
         assert found["compiled"][:3] == pytest.approx(found["eager"], rel=1e-3)
         trained, also, evaluated, *later = found["graphs"]
         assert trained == also == 2 and evaluated > trained and set(later) == {evaluated}
