@@ -148,6 +148,7 @@ def _plan(args: argparse.Namespace) -> int:
             size=max(recipe.transform.sizes),
             precision=experiment.precision,
             averaged=recipe.model.ema is not None,
+            vectors_decay=not experiment.layer_wise,
         )
         rows += transfer.describe(network, start)
     if args.json:

@@ -72,6 +72,11 @@ class Config:
         return watchdog.model_copy(update={"stuck_seconds": max(watchdog.stuck_seconds, COMPILING_SECONDS)})
 
     @property
+    def layer_wise(self) -> bool:
+        """Whether layers have rates of their own, and biases do not decay (`pipeline.layer_wise`)."""
+        return self.blocks.optimizer.type in deepspeed_keys.LAYER_WISE
+
+    @property
     def precision(self) -> str:
         """`fp32`, `float16` or `bfloat16`: the type that convolutions and matrix products compute in."""
         if self.blocks.fp16.enabled:

@@ -46,16 +46,26 @@ OPTIMIZER_PARAMS = {
     "SGD": "lr momentum dampening weight_decay nesterov maximize foreach differentiable fused",
     "Adam": "lr betas eps weight_decay amsgrad torch_adam adam_w_mode foreach fused",
     "AdamW": "lr betas eps weight_decay amsgrad torch_adam adam_w_mode foreach fused",
+    "Lars": "lr momentum dampening weight_decay nesterov trust_coeff eps trust_clip always_adapt",
+    "Lamb": "lr betas eps weight_decay bias_correction grad_averaging trust_clip always_adapt",
 }
 """Parameters of the optimizers we know by heart; the parameters of others are checked when they are built."""
 
-OPTIMIZER_SWITCHES = frozenset("nesterov maximize differentiable amsgrad torch_adam adam_w_mode".split())
+LAYER_WISE = frozenset({"Lars", "Lamb"})
+"""timm's, with a rate for each layer (`layer_wise`)."""
+
+OPTIMIZER_SWITCHES = frozenset(
+    """
+    nesterov maximize differentiable amsgrad torch_adam adam_w_mode bias_correction grad_averaging trust_clip
+    always_adapt
+    """.split()
+)
 OPTIMIZER_CHOICES = frozenset("foreach fused".split())  # null leaves them to torch
-OPTIMIZER_NUMBERS = frozenset("momentum dampening weight_decay eps".split())
+OPTIMIZER_NUMBERS = frozenset("momentum dampening weight_decay eps trust_coeff".split())
 
 OTHER_OPTIMIZERS = frozenset(
     """
-    ASGD Adadelta Adafactor Adagrad Adamax Lamb Lion MuAdam MuAdamW MuSGD Muon NAdam RAdam RMSprop Rprop
+    ASGD Adadelta Adafactor Adagrad Adamax Lion MuAdam MuAdamW MuSGD Muon NAdam RAdam RMSprop Rprop
     """.split()
 )
 """What DeepSpeed or torch has besides; whether their parameters fit is found when they are built."""
@@ -256,7 +266,9 @@ def check_optimizer(place: str, optimizer: OptimizerBlock) -> None:
         raise UserError(
             f"{place}: optimizer.params: fused and foreach are two implementations of one update", "Enable one of them."
         )
-    if name == "SGD":
+    if name in LAYER_WISE:
+        _check_layer_wise(f"{place}: optimizer.params", name, params)
+    if name in ("SGD", "Lars"):
         _check_sgd(f"{place}: optimizer.params", params)
     elif name in OPTIMIZER_PARAMS and params.get("torch_adam") is False:
         for key in ("amsgrad", "foreach", "fused"):
@@ -289,6 +301,15 @@ def _check_sgd(where: str, params: dict[str, Any]) -> None:
         )
     if params.get("differentiable"):
         raise UserError(f"{where}.differentiable is for differentiating through an update", "Leave it out.")
+
+
+def _check_layer_wise(where: str, name: str, params: dict[str, Any]) -> None:
+    """That layers get rates of their own, which timm gives to what decays."""
+    if not params.get("weight_decay") and not params.get("always_adapt"):
+        raise UserError(
+            f"{where}.weight_decay must be given with {name}: only what decays gets a rate of its own",
+            "Write a positive one, or always_adapt true for rates of all parameters, normalisation's too.",
+        )
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:

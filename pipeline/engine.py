@@ -36,6 +36,7 @@ from pipeline.batch_norm import LogicalWorkerStatistics, average_statistics, mak
 from pipeline.ema import WeightAverage
 from pipeline.feed import Copier, Normalise
 from pipeline.float32 import allow_tf32
+from pipeline.layer_wise import make_optimizer
 from pipeline.loader import MicroBatch
 from pipeline.loss import training_loss
 from pipeline.meeting import choose_interface, connect, meet
@@ -161,6 +162,8 @@ def deepspeed_config(plan: Plan, device: str = "cpu") -> dict[str, Any]:
         config["optimizer"]["params"].setdefault("torch_adam", True)  # DeepSpeed's own is compiled at start-up
     if device == "cuda":
         _prefer_fused(config["optimizer"])
+    if plan.config.layer_wise:
+        del config["optimizer"]  # it is made here
     config["scheduler"]["params"].update(
         lr=plan.config.lr,
         reference_batch=recipe.reference_batch,
@@ -196,7 +199,8 @@ class Engine:
         self.world = world
         allow_tf32(plan.config.recipe.step.tf32)
         self._stochastic = is_stochastic(model)
-        groups = with_body_rate(parameter_groups(model), model, plan.config.recipe.model.body_lr)
+        groups = parameter_groups(model, vectors_decay=not plan.config.layer_wise)
+        groups = with_body_rate(groups, model, plan.config.recipe.model.body_lr)
         model = model.to(world.device)
         ema = plan.config.recipe.model.ema
         self.average = WeightAverage(model, ema) if ema is not None else None  # a copy, which DeepSpeed has no part in
@@ -204,6 +208,7 @@ class Engine:
             self._engine, self.optimizer, _, self.scheduler = deepspeed.initialize(
                 model=model,
                 model_parameters=groups,
+                optimizer=make_optimizer(plan.config.blocks.optimizer),
                 config=deepspeed_config(plan, world.device.type),
             )
         except (TypeError, ValueError) as error:
@@ -370,6 +375,8 @@ class Engine:
         return {
             "optimizer": self.optimizer.state_dict()["state"],
             "parameters": self._parameter_names(),
+            # some count updates in their groups, all of which have the same number
+            "step": next((group["step"] for group in self.optimizer.param_groups if "step" in group), None),
             "loss_scaler": scaler.state_dict() if scaler is not None else None,
             **({checkpoint.AVERAGE: self.average.model.state_dict()} if self.average is not None else {}),
         }
@@ -377,6 +384,9 @@ class Engine:
     def restore(self, state: dict[str, Any], *, samples: int, step: int) -> None:
         """Continue from `state` at a position. Hyper-parameters stay those of the configuration."""
         groups = self.optimizer.state_dict()["param_groups"]
+        if state.get("step") is not None:
+            # to each its own: a tensor that is counted up in place
+            groups = [{**group, "step": deepcopy(state["step"])} for group in groups]
         tensors = state["optimizer"]
         if "parameters" in state:  # other groups of them, or other frozen ones, number them in another way
             numbers = {name: number for number, name in enumerate(self._parameter_names())}

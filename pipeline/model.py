@@ -142,10 +142,14 @@ def _initialise_resnet(model: ResNet, *, zero_init_last: bool) -> None:
     nn.init.zeros_(model.fc.bias)
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, vectors_decay: bool = True) -> list[dict[str, Any]]:
     """Two groups: everything that decays, and normalisation's γ and β, which do not (paper §5.1).
 
     The classifier's bias decays: the paper exempts BN only.
+
+    Args:
+        model: only what is trained of it is in a group.
+        vectors_decay: else nothing of one dimension decays, which biases are; so it is with LARS and LAMB.
     """
     exempt = {
         id(parameter)
@@ -154,13 +158,22 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         for parameter in module.parameters(recurse=False)
     }
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not vectors_decay:
+        exempt |= {id(parameter) for parameter in parameters if parameter.ndim <= 1}
     decayed = [parameter for parameter in parameters if id(parameter) not in exempt]
     spared = [parameter for parameter in parameters if id(parameter) in exempt]
     return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
 
 
 def describe(
-    model: nn.Module, *, weight_decay: float, images: int, size: int, precision: str, averaged: bool = False
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    images: int,
+    size: int,
+    precision: str,
+    averaged: bool = False,
+    vectors_decay: bool = True,
 ) -> list[tuple[str, str]]:
     """The rows of the plan's page that need the built model: what decays, and memory.
 
@@ -168,7 +181,7 @@ def describe(
     meta device for as many images as go through it at once; the true figure depends on fusion and the allocator. A
     model that does not run there gets no figure.
     """
-    decayed, spared = (len(group["params"]) for group in parameter_groups(model))
+    decayed, spared = (len(group["params"]) for group in parameter_groups(model, vectors_decay=vectors_decay))
     weights = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     copies = 1 + averaged  # of all weights
@@ -177,7 +190,12 @@ def describe(
     activations = _activation_bytes(model, images, size, 4 if precision == "fp32" else 2)
     memory = f"{filesize.decimal(state_bytes + activations)} per rank estimated" if activations else "not estimated"
     return [
-        ("decay", f"{weight_decay:g} on {decayed} weights and biases; none on {spared} normalisation γ, β"),
+        (
+            "decay",
+            f"{weight_decay:g} on {decayed} weights and biases; none on {spared} normalisation γ, β"
+            if vectors_decay
+            else f"{weight_decay:g} on {decayed} weights; none on {spared} biases and normalisation γ, β",
+        ),
         (
             "memory",
             f"{memory} · {weights / 1e6:.1f} M parameters · checkpoints {filesize.decimal(saved_bytes)}",

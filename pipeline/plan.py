@@ -197,7 +197,13 @@ class Plan:
         rows += [("", line) for line in (*self._milestone_lines(), *self._decay_lines())]
         rows += self._transfer_rows()
         decay = config.blocks.optimizer.params.get("weight_decay", 0)
-        rows += model_lines or [("decay", f"{decay:g} on every weight and bias except normalisation's γ and β")]
+        if config.layer_wise:
+            name = config.blocks.optimizer.type.upper()
+            rows.append(("", f"{name}: of each weight by its norm and its update's · not in the paper's recipe"))
+        spared = (
+            "every weight, and no bias" if config.layer_wise else "every weight and bias except normalisation's γ and β"
+        )
+        rows += model_lines or [("decay", f"{decay:g} on {spared}")]
         rows += [
             ("precision", self._precision_line()),
             *self._step_rows(),

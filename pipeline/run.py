@@ -62,6 +62,7 @@ class Run:
                 size=max(recipe.transform.sizes),
                 precision=plan.config.precision,
                 averaged=recipe.model.ema is not None,
+                vectors_decay=not plan.config.layer_wise,
             )
             model_lines += transfer.describe(prepared.network, prepared.start)
         self.engine = Engine(prepared.network, plan, world)
