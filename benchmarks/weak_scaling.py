@@ -114,7 +114,7 @@ def main() -> None:
         print(json.dumps([{arm: vars(turn) for arm, turn in turns.items()} for turns in rounds], indent=2))
         return
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
-    print(print(f"{cpu_model()}, cores {cores[0]} and {cores[1]}, Python {platform.python_version()}, {versions}"))
+    print(f"{cpu_model()}, cores {cores[0]} and {cores[1]}, Python {platform.python_version()}, {versions}")
     print(
         f"{args.model}, {args.images} images of {args.size} × {args.size} per rank and update, "
         f"{ranks.gradient_bytes / 1e6:.0f} MB of gradients"
