@@ -18,7 +18,7 @@ from pipeline.sweep_state import ENDED, LOG_FILE, STARTED
 from tests.conftest import kill_everything, tiny_config
 from tests.training import VAL, onehour, output_of
 
-pytestmark = [pytest.mark.launcher, pytest.mark.timeout(600)]  # three launches after one another
+pytestmark = [pytest.mark.launcher, pytest.mark.slow, pytest.mark.timeout(600)]  # three launches after one another
 
 
 def events(path: Path, kind: str) -> list[Event]:

@@ -139,6 +139,7 @@ def test_shares_that_were_not_measured_are_not_made_up(tmp_path):
 # ---------------------------------------------------------------- two real runs
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_two_real_runs(tiny_shards, tmp_path, capsys):
     folders = []
