@@ -190,6 +190,7 @@ def measured(capfd: pytest.CaptureFixture, weights: Path) -> dict:
     return json.loads(capfd.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_it_is_measured_exported_and_the_same_after_a_resume_on_other_ranks(write_config, capfd):
     unbroken, resumed, plain = (
         write_config(name, changes) for name, changes in (("unbroken", BESIDE), ("resumed", BESIDE), ("plain", OFTEN))
@@ -222,6 +223,7 @@ def test_it_is_measured_exported_and_the_same_after_a_resume_on_other_ranks(writ
     assert any("exponential average of its weights has error" in remark for remark in remarks(row))
 
 
+@pytest.mark.slow
 def test_instead_of_the_weights_all_figures_and_the_export_are_the_average_s(write_config, capfd):
     beside, instead = write_config("beside", BESIDE), write_config("instead", INSTEAD)
     precise = write_config("precise", {**INSTEAD, "recipe.evaluation.precise_bn": 64})

@@ -292,6 +292,7 @@ def test_a_run_stops_at_so_many_withheld_updates_and_not_at_one_less(write_confi
     assert events_of(missed, "train")[-1]["skipped_steps"] == length and events_of(missed, "finished")
 
 
+@pytest.mark.slow
 def test_a_storm_in_mid_run_is_said_to_be_a_divergence(write_config: Callable[..., Path]):
     """The rate of the first update blows the weights up, so that it alone is applied."""
     changes = {**SHORT_UPDATES, "optimizer.params.lr": 1e12, WATCHED: {"withheld_updates": 5}}

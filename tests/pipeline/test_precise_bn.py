@@ -151,6 +151,7 @@ def test_what_was_there_before_leaves_no_trace():
 PRECISE = {"recipe.evaluation.precise_bn": 50, "recipe.checkpoint.every_epochs": 0.5}
 
 
+@pytest.mark.slow
 def test_a_run_measures_and_exports_them_on_any_ranks_and_after_a_resume(write_config, tmp_path, capfd):
     running_ones = write_config("running", {"recipe.checkpoint.every_epochs": 0.5})
     paths = {size: write_config(f"ranks-{size}", PRECISE) for size in (1, 2)}
