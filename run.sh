@@ -6,7 +6,7 @@
 #   ./run.sh train CONFIG …       train, e.g. ./run.sh train ds_configs/imagenet_8k.json --hostfile hosts
 #   ./run.sh launch CONFIG …      the same, and go on without a host that fails: --restarts 10 --min-nodes 2
 #   ./run.sh sweep FILE …         the runs of a table or a figure, e.g. ds_configs/sweeps/table1.yaml
-#   ./run.sh plan|doctor|checkpoints|evaluate|report|audit … the other onehour commands
+#   ./run.sh plan|doctor|lr-find|checkpoints|evaluate|report|audit … the other onehour commands
 #   ./run.sh shards prepare|verify|index …       the shard tool
 #   ./run.sh setup                only what every command does first, where it is not done yet: make .venv
 #   ./run.sh help                 this text

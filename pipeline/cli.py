@@ -1,4 +1,4 @@
-"""The `onehour` command: plan, train, launch, sweep, evaluate, report, audit, checkpoints, doctor."""
+"""The `onehour` command: plan, train, launch, sweep, lr-find, evaluate, report, audit, checkpoints, doctor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 1 not done, 2 a mistake of the user's."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "launch", "sweep"):
+    if rest and args.command not in ("train", "launch", "sweep", "lr-find"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         # imported here, so that `plan` starts without what the others need
@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipeline import sweep
 
             return sweep.run(args, rest)
+        if args.command == "lr-find":
+            from pipeline import lr_find
+
+            return lr_find.run(args, rest)
         if args.command == "evaluate":
             from pipeline import assess
 
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pipeline import doctor, inventory, launch, report, scaling_page, sweep
+    from pipeline import doctor, inventory, launch, lr_find, report, scaling_page, sweep
     from pipeline.experiment import add_config_arguments
 
     parser = argparse.ArgumentParser(
@@ -85,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sweep_parser = commands.add_parser("sweep", help="train the runs of a table or a figure, those that are missing")
     sweep.add_arguments(sweep_parser)
+
+    find = commands.add_parser("lr-find", help="try rates that grow from update to update, and suggest a peak rate")
+    lr_find.add_arguments(find)
 
     evaluate = commands.add_parser("evaluate", help="measure weights or a checkpoint on the whole split, in fp32")
     evaluate.add_argument("weights", type=Path, help="a .safetensors file, a checkpoint folder, or a run folder")

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -73,6 +74,20 @@ class Outcome:
     step: int
     fault: Fault | None = None
     wanted: bool = False
+
+
+class Launched(NamedTuple):
+    """A launch that has ended.
+
+    Attributes:
+        ended: how its launcher did.
+        token: that its ranks knew it by.
+        step: updates done; None where no rank trained.
+    """
+
+    ended: launcher.Ended
+    token: str
+    step: int | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -220,7 +235,7 @@ class Launch:
         if self.folder.exists():
             with exclusive(self.folder, "training"):
                 pass  # rank 0 holds it while it trains: a second training must not touch the first one's folder
-        options, variables = self._prepare_hosts(ranks)
+        prepared = self.prepare_hosts(ranks)
         if self.fresh:
             check_start_weights(self.experiment)
             _set_aside(self.folder, self.console)
@@ -243,23 +258,13 @@ class Launch:
         if saved is None:
             check_start_weights(self.experiment)
         events_before = len(read_metrics(self.folder / FILE_NAME)) if (self.folder / FILE_NAME).exists() else 0
-        with Lease(self.folder) as lease, environment.travelling(variables, self.launcher) as file:
-            ended = launcher.run_launcher(
-                launcher.command_line(
-                    self.experiment, ranks.world_size, [*ranks.options, *options, *self._options], lease.token
-                ),
-                {**ranks.environment, **file},
-                lease,
-                pdsh=self.remote and self.launcher == "pdsh",
-                interrupt=interrupt,
-            )
-            at = lease.ranks()
-        step = at.step if at is not None else saved.step if saved is not None else 0
+        ended, token, reached = self.start(ranks, prepared, interrupt=interrupt)
+        step = reached if reached is not None else saved.step if saved is not None else 0
         if _finished(self.folder, after=events_before):
             print_summary(self.folder, self.console)
             return Outcome(ended.code, True, step)
-        fault = next(iter(faults_of(self.folder, lease.token)), None)
-        self._note_fault(fault, lease.token)
+        fault = next(iter(faults_of(self.folder, token)), None)
+        self._note_fault(fault, token)
         if ended.code == STOPPED:
             return Outcome(STOPPED, False, step, wanted=ended.wanted)
         several_hosts = self.args.hostfile is not None
@@ -267,7 +272,40 @@ class Launch:
         step = fault.step if fault is not None else step
         return Outcome(ended.code or FAILED, False, step, fault, ended.wanted)
 
-    def _prepare_hosts(self, ranks: Ranks) -> tuple[list[str], dict[str, str]]:
+    def start(
+        self,
+        ranks: Ranks,
+        prepared: tuple[list[str], dict[str, str]],
+        more: Sequence[str] = (),
+        interrupt: threading.Event | None = None,
+    ) -> Launched:
+        """Start the launcher and wait for its end.
+
+        Args:
+            ranks: where.
+            prepared: what `prepare_hosts` answered for them.
+            more: arguments for each rank.
+            interrupt: once set, the ranks are asked to stop.
+        """
+        options, variables = prepared
+        with Lease(self.folder) as lease, environment.travelling(variables, self.launcher) as file:
+            ended = launcher.run_launcher(
+                launcher.command_line(
+                    self.experiment,
+                    ranks.world_size,
+                    [*ranks.options, *options, *self._options],
+                    lease.token,
+                    more=more,
+                ),
+                {**ranks.environment, **file},
+                lease,
+                pdsh=self.remote and self.launcher == "pdsh",
+                interrupt=interrupt,
+            )
+            at = lease.ranks()
+        return Launched(ended, lease.token, at.step if at is not None else None)
+
+    def prepare_hosts(self, ranks: Ranks) -> tuple[list[str], dict[str, str]]:
         """Further options and travelling variables for a launch on other hosts, which are asked before."""
         if not self.remote:
             return [], {}

@@ -50,7 +50,12 @@ class Ended(NamedTuple):
 
 
 def command_line(
-    experiment: Config, world_size: int, options: Sequence[str], lease: str | None, module: str = "pipeline.train"
+    experiment: Config,
+    world_size: int,
+    options: Sequence[str],
+    lease: str | None,
+    module: str = "pipeline.train",
+    more: Sequence[str] = (),
 ) -> list[str]:
     """The launcher's command line.
 
@@ -60,8 +65,9 @@ def command_line(
         options: the launcher's own.
         lease: the token of the one that this process holds.
         module: what each rank runs.
+        more: arguments for it, of plain characters: a shell on another host may take them apart.
     """
-    arguments = [str(experiment.path), "--expect-world-size", str(world_size)]
+    arguments = [str(experiment.path), "--expect-world-size", str(world_size), *more]
     if lease is not None:
         arguments += ["--lease", lease]
     if experiment.overrides:

@@ -133,6 +133,9 @@ class GradualWarmupLR:
     what only the resolved run knows. DeepSpeed calls `step` once after every update; the trainer calls `seek`
     before every update, so that the rate follows the samples consumed even where DeepSpeed skips `step`.
 
+    Attributes:
+        rate_at: the rate at a position; the schedule's, but for a range test.
+
     Args:
         optimizer: anything with `param_groups`; a group gets the rate, or `lr_scale` of it where it has that key.
         lr, reference_batch, train_batch_size, samples_per_epoch, epochs, scaling: see `Schedule.build`.
@@ -162,13 +165,14 @@ class GradualWarmupLR:
             epochs=epochs,
             scaling=scaling,
         )
+        self.rate_at: Callable[[int], float] = self.schedule.lr
         self.samples = 0
         self.seek(0)
 
     def seek(self, samples: int) -> None:
         """Set the optimizer's rate to that of the update which starts at position `samples`."""
         self.samples = samples
-        rate = self.schedule.lr(samples)
+        rate = self.rate_at(samples)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1)
 

@@ -30,6 +30,8 @@ from pipeline.engine import World
 from pipeline.experiment import add_config_arguments, overrides_of
 from pipeline.fault import FAILED, FINISHED, MISTAKE, STOPPED
 from pipeline.loader import default_threads
+from pipeline.lr_curve import Sweep
+from pipeline.lr_range import LrRange
 from pipeline.meeting import RankError
 from pipeline.prepared import FACT_MENDS, Prepared, prepare
 from pipeline.run import Run
@@ -62,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         world.watch.configure(experiment.run_folder, experiment.watchdog, args.lease)
         _stop_on_signals(world.watch.stop)
         # told before anything is closed, which may hang with what the error is about; and what is met on the way there
-        with _telling(world, place), Run(prepared, world) as run, _telling(world, place):
-            finished = run.train()
+        with _telling(world, place), _work(args, prepared, world) as work, _telling(world, place):
+            finished = work.train()
         engine.leave(world)
     except _ToldError as told:
         return told.code
@@ -79,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             world.watch.fail(repr(error), FAILED)
         return FAILED
     return FINISHED if finished else STOPPED
+
+
+def _work(args: argparse.Namespace, prepared: Prepared, world: World) -> Run | LrRange:
+    if args.lr_range is not None:
+        return LrRange(prepared, world, Sweep.read(args.lr_range))
+    return Run(prepared, world)
 
 
 class _ToldError(Exception):
@@ -155,6 +163,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help="given by the launcher; the environment says the same")
     parser.add_argument("--expect-world-size", type=int, help="fail if the launcher started another number of ranks")
     parser.add_argument("--lease", help="given by onehour train: the token of its lease (pipeline.lease)")
+    parser.add_argument("--lr-range", help="given by onehour lr-find: the rates to try, in place of a training")
     parser.add_argument("--overrides-base64", help="given by onehour train: a JSON list of --set arguments, in base64")
     args = parser.parse_args(argv)
     if args.overrides_base64:

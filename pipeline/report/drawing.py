@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 9.6, 3.5  # inches
 # colours' have no common divisor, so that 35 lines differ.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.4, 1.2)), (0, (6, 1.5, 1.4, 1.5)), (0, (9, 3)))
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -108,7 +108,7 @@ def draw(rows: Sequence[Row], panels: Sequence[Panel]) -> bytes:
 
 def as_png(fill: Callable[[Figure], None], height: float = HEIGHT) -> bytes:
     """A figure of the page's width and style; `fill` draws into it."""
-    with rc_context(_STYLE), warnings.catch_warnings():
+    with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")  # pyplot's global state stays out of it
         fill(figure)
