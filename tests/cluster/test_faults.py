@@ -100,7 +100,8 @@ def test_a_rank_that_is_stopped(rank, training, cluster):
     stacks = stacks_of(launched)
     assert stacks.keys() == {0, 1, 2, 3} - {rank}
     for text in stacks.values():
-        assert "most recent call first" in text and "in update" in text and "in all_reduce" in text
+        assert "most recent call first" in text and "in update" in text
+        assert "overlap.py" in text or "in all_reduce" in text  # the gradients, or the losses' sum: both need all ranks
         assert "positions" in text and "samples" in text
     assert f"last heard of rank {rank}" in stacks[0]
 
