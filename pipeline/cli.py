@@ -157,7 +157,7 @@ def _plan(args: argparse.Namespace) -> int:
             averaged=recipe.model.ema is not None,
             vectors_decay=not experiment.layer_wise,
         )
-        rows += transfer.describe(network, start)
+        rows += transfer.describe(network, start, recipe.transform)
     if args.json:
         print(json.dumps(resolved.summary() | {"resume": goes_on}, indent=2))
     else:

@@ -102,6 +102,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     raw, files = config_file.read(path, overrides)
+    try:
+        return _validated(path, raw, files[:-1], tuple(overrides))
+    except UserError as error:
+        if len(files) == 1:
+            raise
+        bases = " → ".join(str(file) for file in reversed(files[:-1]))
+        raise UserError(error.headline, *error.details, f"{path.name} extends {bases}.") from None
+
+
+def _validated(path: Path, raw: dict[str, Any], bases: tuple[Path, ...], overrides: tuple[str, ...]) -> Config:
     place = str(path)
     deepspeed_keys.check_top_level(place, raw)
     deepspeed_keys.check_values(place, raw)
@@ -113,7 +123,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             "Enable one of them; leave all out for fp32.",
         )
     recipe = validate(place, schema.Recipe, raw["recipe"], "recipe")
-    config = Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=tuple(overrides), bases=files[:-1])
+    config = Config(path=path, raw=raw, blocks=blocks, recipe=recipe, overrides=overrides, bases=bases)
     deepspeed_keys.check_precision(place, config.precision, blocks.optimizer, tf32=recipe.step.tf32)
     return config
 

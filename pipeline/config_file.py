@@ -15,6 +15,9 @@ from shards.errors import UserError
 EXTENDS = "extends"
 """The key by which a file names another, relative to its own folder, that it differs from."""
 
+SWEEP_SUFFIXES = (".yaml", ".yml")
+"""Of a sweep's file, which tell it from a configuration, and from a run folder."""
+
 
 def read(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """Read a file, the files that it extends, and the overrides.
@@ -23,7 +26,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], tup
 
     Args:
         path: a JSON file. As in DeepSpeed, comments and trailing commas are fine and duplicate keys are not.
-        overrides: `path.to.key=value` each; the value is JSON, or a string if it is not.
+        overrides: `path.to.key=value` each; the value is JSON, or a string if it is not. Here too null takes away.
 
     Returns:
         The object, without `extends`; and the files that it is made of, the one given last.
@@ -84,6 +87,8 @@ def _read_one(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such configuration file{wanted}", *mend) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
+    if path.suffix in SWEEP_SUFFIXES:
+        raise UserError(f"{path} is a sweep, not a configuration", f"Train its arms with: onehour sweep {path}")
     try:
         raw = hjson.loads(text, object_pairs_hook=no_duplicates)
     except (hjson.HjsonDecodeError, OverflowError) as error:
@@ -109,4 +114,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise UserError(f'--set {override}: "{parent}" is a value, not a section')
-    section[last] = value
+    if value is None and last in section:
+        del section[last]  # as in a file that extends another
+    else:
+        section[last] = value

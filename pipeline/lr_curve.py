@@ -101,6 +101,8 @@ class Curve:
         Symmetric, so that the curve is not moved to higher rates, as a running mean would move it.
         """
         losses = np.asarray([loss for loss in self.losses if math.isfinite(loss)])
+        if not len(losses):
+            return ()
         reach = max(1, round(len(losses) / 20))
         weights = np.concatenate([np.arange(1, reach + 2), np.arange(reach, 0, -1)]).astype(float)
         total = np.convolve(losses, weights)[reach : reach + len(losses)]

@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,15 @@ def suggestion(curve: Curve, plan: Plan) -> dict[str, Any]:
     """What the curve suggests, as `lr_range.json` has it.
 
     `suggested_peak` is the rate at the batch that was swept, `suggested_lr` what `optimizer.params.lr` must be for it.
+
+    Raises:
+        UserError: there is no curve: the first loss is not finite.
     """
+    if not math.isfinite(curve.losses[0]):
+        raise UserError(
+            f"the loss of the first update, at a rate of {curve.rates[0]:.3g}, is not finite",
+            "Lower --from. If that does not help it is not the rate: look at the images and at the precision.",
+        )
     factor = float(plan.schedule.peak_lr / plan.schedule.reference_lr)
     return {
         "suggested_peak": curve.suggested,

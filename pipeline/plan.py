@@ -200,6 +200,8 @@ class Plan:
         if config.layer_wise:
             name = config.blocks.optimizer.type.upper()
             rows.append(("", f"{name}: of each weight by its norm and its update's · not in the paper's recipe"))
+        if clipping := config.blocks.gradient_clipping:
+            rows.append(("", f"gradients of norm above {clipping:g} are clipped to it · not in the paper's recipe"))
         spared = (
             "every weight, and no bias" if config.layer_wise else "every weight and bias except normalisation's γ and β"
         )

@@ -64,7 +64,7 @@ class Run:
                 averaged=recipe.model.ema is not None,
                 vectors_decay=not plan.config.layer_wise,
             )
-            model_lines += transfer.describe(prepared.network, prepared.start)
+            model_lines += transfer.describe(prepared.network, prepared.start, recipe.transform)
         self.engine = Engine(prepared.network, plan, world)
         if prepared.state is not None:
             self.engine.restore(prepared.state, samples=self.samples, step=self.step)

@@ -28,12 +28,10 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import validate
+from pipeline.config_file import SWEEP_SUFFIXES
 from pipeline.deepspeed_keys import did_you_mean
 from pipeline.section import Section
 from shards.errors import UserError
-
-SUFFIXES = (".yaml", ".yml")
-"""Of a sweep file, which tell it from a run folder."""
 
 OF_THE_SWEEP = {
     "recipe.seed": "the seeds of a sweep are its seeds: [0, 1, …]",
@@ -228,11 +226,13 @@ def load(path: str | Path) -> Sweep:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader: it makes plain values only
     except FileNotFoundError:
-        known = sorted(str(p) for suffix in SUFFIXES for p in path.parent.glob(f"*{suffix}"))
+        known = sorted(str(p) for suffix in SWEEP_SUFFIXES for p in path.parent.glob(f"*{suffix}"))
         raise UserError(f"{path}: there is no such sweep file{did_you_mean(str(path), known)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a sweep file: {error}") from None
     except yaml.MarkedYAMLError as error:
+        if path.suffix == ".json":
+            raise UserError(f"{path} is a configuration, not a sweep", f"Train it with: onehour train {path}") from None
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # of a value, as a date without a 13th month

@@ -268,11 +268,13 @@ def prepare(network: nn.Module, recipe: schema.Model, *, resumes: bool) -> Start
     return start
 
 
-def describe(network: nn.Module, start: Start | None) -> list[tuple[str, str]]:
+def describe(network: nn.Module, start: Start | None, transform: schema.Transform) -> list[tuple[str, str]]:
     """The rows of the plan's page that need the network: what it starts from, and how much of it is trained."""
     rows = []
     if start is not None:
         rows.append(("classifier", f"{start.classifier} · weights sha256 {start.digest[:4]}…{start.digest[-2:]}"))
+        if start.source == FROM_TIMM:
+            rows += _other_normalisation(network, transform)
     parameters = list(network.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if len(trained) < len(parameters):
@@ -286,3 +288,16 @@ def describe(network: nn.Module, start: Start | None) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _other_normalisation(network: nn.Module, transform: schema.Transform) -> list[tuple[str, str]]:
+    """A row where timm's weights are of images that were normalised otherwise than these are."""
+    trained_with = getattr(network, "pretrained_cfg", {})
+    settings = [
+        f"--set 'recipe.transform.{key}={list(theirs)}'"
+        for key in ("mean", "std")
+        if (theirs := trained_with.get(key)) and tuple(theirs) != tuple(getattr(transform, key))
+    ]
+    if not settings:
+        return []
+    return [("", f"these weights were trained on images normalised otherwise: {' '.join(settings)}")]

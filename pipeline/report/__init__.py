@@ -21,9 +21,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config_file import SWEEP_SUFFIXES
 from pipeline.record import MedianError, RunRecord, median_last_epochs
 from pipeline.report.rows import Row, compare
-from pipeline.sweep_file import SUFFIXES
 from shards.errors import UserError
 
 __all__ = ["MedianError", "Row", "add_arguments", "compare", "median_last_epochs", "run", "write_report"]
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from pipeline.report import page, table
 
     title: str | None = None
-    if any(path.suffix in SUFFIXES and not path.is_dir() for path in args.runs):
+    if any(path.suffix in SWEEP_SUFFIXES and not path.is_dir() for path in args.runs):
         from pipeline.report import sweep
 
         if len(args.runs) > 1 or args.reference is not None:

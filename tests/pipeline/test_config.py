@@ -64,11 +64,13 @@ def assert_refused(folder: Path, changes: dict[str, Any], *expected: str) -> Non
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_configurations_load_and_close_the_traps(path):
     loaded = config.load(path)
-    assert loaded.raw["gradient_clipping"] == 0.0
     assert loaded.raw["scheduler"]["type"] == "GradualWarmupLR"
     assert "zero_optimization" not in loaded.raw
     assert loaded.raw.get("gradient_allreduce_op", "mean") == "mean"
     assert loaded.raw["timers"]["throughput"]["enabled"] is False
+    if path.parent.name == "modern":  # where others than the paper say what is trained: test_modern.py
+        return
+    assert loaded.raw["gradient_clipping"] == 0.0
     assert loaded.raw["optimizer"]["params"]["nesterov"] is True
     assert loaded.raw["optimizer"]["params"]["momentum"] == 0.9
     if path.stem.startswith("imagenet"):
@@ -655,7 +657,7 @@ def test_override_into_a_value(tmp_path, override, value):
         ("recipes.epochs=90", 'unknown top-level key "recipes"; did you mean "recipe"?'),
         ("recipe..epochs=90", "recipe: unknown key"),
         ("scheduler.type=WarmupLR", "scheduler.type: 'WarmupLR' cannot be used"),
-        ("gradient_clipping=null", "gradient_clipping: input should be a valid number, not null"),
+        ("gradient_clipping=null", "gradient_clipping is missing"),
         ("train_batch_size=8192.0", "train_batch_size: input should be a valid integer, not 8192.0"),
         ('train_batch_size="8192"', 'train_batch_size: input should be a valid integer, not "8192"'),
         ("recipe.transform.flip=True", 'recipe.transform.flip: input should be a valid boolean, not "True"'),
@@ -756,8 +758,8 @@ def test_deepspeed_loads_file_and_resolved_configuration_as_they_are(path, tmp_p
     resolved = write(tmp_path, {**loaded.resolved(), **sizes.deepspeed()})
     for file in (resolved,) if loaded.bases else (path, resolved):  # DeepSpeed does not know extends
         theirs = DeepSpeedConfig(str(file))
-        assert theirs.gradient_clipping == 0.0
-        assert theirs.optimizer_name == "SGD"
+        assert theirs.gradient_clipping == loaded.blocks.gradient_clipping
+        assert theirs.optimizer_name.lower() == loaded.blocks.optimizer.type.lower()
         assert theirs.scheduler_name == "GradualWarmupLR"
         assert theirs.gradient_allreduce_op == "mean"
         assert theirs.zero_optimization_stage == 0

@@ -35,6 +35,8 @@ def test_null_takes_away_what_the_base_says_and_stays_where_it_says_nothing(tmp_
     leaf = {"extends": "base.json", "fp16": None, "wandb": None, "recipe": {"mixing": None}}
     path = write(tmp_path / "leaf.json", leaf)
     assert config_file.read(path)[0] == {"wandb": None, "recipe": {"epochs": 3}}
+    of_the_command_line = config_file.read(path, ["recipe.epochs=null", "recipe.seed=null"])[0]
+    assert of_the_command_line == {"wandb": None, "recipe": {"seed": None}}
 
 
 def test_what_is_extended_may_extend(tmp_path):
@@ -77,6 +79,29 @@ def test_what_is_no_name_of_a_file_is_refused(tmp_path, value):
 def test_a_mistake_in_a_base_names_the_base(tmp_path):
     write(tmp_path / "base.json", '{"a": 1, "a": 2}')
     assert "base.json: the key" in refusal(write(tmp_path / "leaf.json", {"extends": "base.json"}))
+
+
+def test_a_wrong_value_says_what_the_file_extends(tmp_path):
+    base = write(tmp_path / "base.json", {"extends": str(CONFIGS / "imagenet_256.json"), "recipe": {"epoch": 9}})
+    with pytest.raises(UserError) as told:
+        config.load(write(tmp_path / "leaf.json", {"extends": "base.json"}))
+    assert 'leaf.json: recipe: unknown key "epoch"' in told.value.headline
+    assert told.value.details[-1] == f"leaf.json extends {base} → {CONFIGS / 'imagenet_256.json'}."
+    with pytest.raises(UserError) as told:
+        config.load(CONFIGS / "imagenet_256.json", ["recipe.epoch=9"])
+    assert "extends" not in str(told.value)
+
+
+def test_another_decay_takes_the_milestones_away_by_null():
+    """As an arm of a sweep would write it, over a file that has them."""
+    overrides = ["scheduler.params.decay=cosine", "scheduler.params.milestones=null", "scheduler.params.gamma=null"]
+    params = config.load(CONFIGS / "imagenet_256.json", overrides).blocks.scheduler.params
+    assert (params.decay, params.milestones) == ("cosine", [])
+
+
+def test_a_sweep_is_not_taken_for_a_configuration(tmp_path):
+    path = CONFIGS / "sweeps" / "table1.yaml"
+    assert refusal(path) == f"{path} is a sweep, not a configuration\n  Train its arms with: onehour sweep {path}"
 
 
 def test_an_extended_configuration_is_the_one_written_out(tmp_path):

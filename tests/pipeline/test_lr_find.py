@@ -92,6 +92,12 @@ def test_a_curve_that_shows_nothing_suggests_nothing_and_says_what_to_try(found,
     assert "suggested" not in dict(found.table()).values()
 
 
+def test_a_first_loss_that_is_not_finite_is_told(write_config):
+    record = Curve((0.1,), (math.nan,), True).record()
+    with pytest.raises(UserError, match=r"first update, at a rate of 0.1, is not finite\n.*Lower --from"):
+        suggestion(Curve.restore(record), open_run(config.load(write_config("plan")), 1)[0])
+
+
 def test_a_training_that_comes_apart_is_seen_and_noise_is_not():
     falling = [2.3 * 0.97**update for update in range(60)]
     assert not any(has_diverged(falling[: end + 1]) for end in range(60))

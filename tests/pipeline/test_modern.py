@@ -1,7 +1,8 @@
-"""The rows of ds_configs/modern: each trains what its source says, and names that and what it published."""
+"""The rows of ds_configs/modern: each asks for what its source says and nothing else, and names what it published."""
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -12,6 +13,71 @@ from pipeline import config, model, plan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs" / "modern"
 N = 1_281_167
+SGD = {"momentum": 0.9, "nesterov": False}
+# kn, n, the optimizer, clipping, and all of `recipe` that is not at its default, the data aside
+ASKED = {
+    "ffcv_16": (
+        (4096, 512),
+        ("SGD", {**SGD, "lr": 1.7, "weight_decay": 1e-4}),
+        0,
+        {
+            "model": {"name": "resnetblur50", "zero_init_last": False},
+            "epochs": 16,
+            "reference_batch": 4096,
+            "transform": {
+                "size": 256,
+                "evaluation_resize": 293,
+                "progressive": [{"from_epoch": 0, "size": 160}, {"from_epoch": 12, "size": 192}],
+            },
+            "loss": {"label_smoothing": 0.1},
+        },
+    ),
+    "timm_a3": (
+        (2048, 512),
+        ("Lamb", {"lr": 8e-3, "weight_decay": 0.02}),
+        1,
+        {
+            "model": {"name": "resnet50"},
+            "epochs": 100,
+            "reference_batch": 2048,
+            "transform": {
+                "evaluation_resize": int(224 / 0.95),
+                "progressive": [{"from_epoch": 0, "size": 160}],
+                "auto_augment": {"kind": "rand", "operations": 1, "magnitude": 18},
+            },
+            "mixing": {"mixup_alpha": 0.1, "cutmix_alpha": 1},
+            "loss": {"kind": "binary_cross_entropy", "target_threshold": 0.2},
+        },
+    ),
+    "torchvision_v1": (
+        (256, 32),
+        ("SGD", {**SGD, "lr": 0.1, "weight_decay": 1e-4}),
+        0,
+        {"model": {"name": "resnet50", "zero_init_last": False}, "epochs": 90},
+    ),
+    "torchvision_v2": (
+        (1024, 128),
+        ("SGD", {**SGD, "lr": 0.5, "weight_decay": 2e-5}),
+        0,
+        {
+            "model": {"name": "resnet50", "zero_init_last": False, "ema": {"decay": 0.999966}},
+            "epochs": 600,
+            "reference_batch": 1024,
+            "transform": {
+                "evaluation_resize": 232,
+                "progressive": [{"from_epoch": 0, "size": 176}],
+                "auto_augment": {"kind": "trivial"},
+                "random_erasing": {"probability": 0.1},
+            },
+            "mixing": {"mixup_alpha": 0.2, "cutmix_alpha": 1, "label_smoothing": 0.1},
+        },
+    ),
+}
+for epochs, larger_from in ((32, 25), (88, 71)):
+    batch, optimizer, clipping, recipe = copy.deepcopy(ASKED["ffcv_16"])
+    recipe["epochs"] = epochs
+    recipe["transform"]["progressive"][1]["from_epoch"] = larger_from
+    ASKED[f"ffcv_{epochs}"] = (batch, optimizer, clipping, recipe)
 PUBLISHED = {  # source, top-1 in per cent, as it is published
     "ffcv_16": ("ffcv-imagenet", "73.8"),
     "ffcv_32": ("ffcv-imagenet", "76.6"),
@@ -39,24 +105,29 @@ def test_every_file_names_its_source_and_the_published_figure():
         assert source in comment and f"Published: {top1} % top-1" in comment, name
 
 
-@pytest.mark.parametrize(
-    ("name", "epochs", "larger_from"), [("ffcv_16", 16, 12), ("ffcv_32", 32, 25), ("ffcv_88", 88, 71)]
-)
-def test_ffcv(name, epochs, larger_from):
-    """lr_schedule_type cyclic: linear between 1e-4 × lr at 0, lr at epoch 2 and 0 at the end."""
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_row_asks_for_what_its_source_does_and_for_nothing_else(name):
     loaded = load(name)
-    assert loaded.recipe.epochs == epochs
+    batch, (optimizer, params), clipping, recipe = ASKED[name]
+    blocks = loaded.blocks
+    assert (blocks.train_batch_size, blocks.train_micro_batch_size_per_gpu) == batch
+    assert (blocks.optimizer.type, blocks.optimizer.params) == (optimizer, params)
+    assert blocks.gradient_clipping == clipping
+    assert loaded.recipe.model_dump(mode="json", exclude_defaults=True) == {"data": "data/imagenet", **recipe}
+    # as many GPUs as the source had, with a micro-batch each
+    assert plan.resolve(loaded, batch[0] // batch[1], samples=N).batch.accumulation == 1
+
+
+@pytest.mark.parametrize(("epochs", "start", "end"), [(16, 11, 13), (32, 23, 27), (88, 65, 76)])
+def test_ffcvs_rates_and_sizes(epochs, start, end):
+    """lr_schedule_type cyclic: linear between 1e-4 × lr at 0, lr at epoch 2 and 0 at the end; and its start_ramp and
+    end_ramp: 160 to 192 pixels in multiples of 32, by whole epochs."""
+    name = f"ffcv_{epochs}"
     middle = 2 + (epochs - 2) / 2
     assert rates(name, 0, 1, 2, middle, epochs) == pytest.approx([1.7e-4, 1.7 * 0.50005, 1.7, 0.85, 0], abs=1e-5)
-    transform = loaded.recipe.transform
-    sizes = [transform.training_size(epoch) for epoch in (0, larger_from - 0.01, larger_from, epochs - 1)]
-    assert sizes == [160, 160, 192, 192]
-    assert transform.evaluation_resize == round(256 / (224 / 256)) and transform.size == 256
-    params = loaded.blocks.optimizer.params
-    assert (params["momentum"], params["nesterov"], params["weight_decay"]) == (0.9, False, 1e-4)
-    assert loaded.recipe.loss.label_smoothing == 0.1
-    # eight GPUs of 512 images
-    assert plan.resolve(loaded, 8, samples=N).batch.accumulation == 1
+    for epoch in range(epochs):
+        ramp = min(max((epoch - start) / (end - start), 0), 1)
+        assert load(name).recipe.transform.training_size(epoch) == 32 * round((160 + 32 * ramp) / 32)
 
 
 def test_ffcvs_network_blurs_where_it_strides():
@@ -64,30 +135,20 @@ def test_ffcvs_network_blurs_where_it_strides():
     first = [getattr(network, f"layer{stage}")[0] for stage in (1, 2, 3, 4)]
     assert [type(block.aa).__name__ for block in first] == ["Identity", "BlurPool2d", "BlurPool2d", "BlurPool2d"]
     assert {block.conv2.stride for block in first} == {(1, 1)}
+    # what the file says is not theirs
+    assert first[1].downsample[0].stride == (2, 2) and type(network.maxpool[1]).__name__ == "BlurPool2d"
 
 
-def test_timms_a3():
-    loaded = load("timm_a3")
-    assert rates("timm_a3", 0, 5, 52.5, 100) == pytest.approx([1e-6, 8e-3, 4e-3, 1e-6], rel=1e-3)
-    assert loaded.blocks.optimizer.type == "Lamb"
-    assert set(loaded.blocks.optimizer.params) == {"lr", "weight_decay"}
-    recipe = loaded.recipe
-    assert {recipe.transform.training_size(epoch) for epoch in range(100)} == {160} and recipe.transform.size == 224
-    assert (recipe.mixing.mixup_alpha, recipe.mixing.cutmix_alpha, recipe.mixing.label_smoothing) == (0.1, 1.0, 0)
-    assert recipe.loss.kind == "binary_cross_entropy"
-    assert plan.resolve(loaded, 4, samples=N).batch.accumulation == 1
-
-
-def test_torchvisions():
+def test_the_other_rates():
+    assert rates("timm_a3", 0, 5, 52.5, 100) == pytest.approx([1e-4, 8e-3, 4e-3, 1e-6], rel=1e-3)
     assert rates("torchvision_v1", 0, 29.9, 30, 60, 89.9) == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
-    loaded = load("torchvision_v2")
     assert rates("torchvision_v2", 0, 5, 302.5, 600) == pytest.approx([0.005, 0.5, 0.25, 0], abs=1e-4)
-    recipe = loaded.recipe
-    assert recipe.transform.training_size(0) == 176 and recipe.transform.evaluation_resize == 232
-    assert plan.resolve(loaded, 8, samples=N).batch.accumulation == 1
-    # torchvision averages every 32 updates with 1 − (1 − 0.99998) × world size × micro-batch × 32 / epochs
+
+
+def test_torchvisions_average():
+    """Every 32 updates with 1 − (1 − 0.99998) × world size × micro-batch × 32 / epochs."""
     of_32 = 1 - (1 - 0.99998) * 8 * 128 * 32 / 600
-    assert recipe.model.ema.decay**32 == pytest.approx(of_32, abs=1e-5)
+    assert load("torchvision_v2").recipe.model.ema.decay ** 32 == pytest.approx(of_32, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

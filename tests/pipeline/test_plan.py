@@ -69,6 +69,14 @@ def test_page_of_the_8k_run(capsys):
         assert expected in text, text
 
 
+def test_clipping_is_on_the_page_where_there_is_any(capsys):
+    """DeepSpeed clips at 1 unless it is told otherwise, and the paper never does."""
+    arguments = (str(CONFIG_8K), "--world-size", "256", *IMAGENET)
+    assert "clipped" not in page(capsys, *arguments)
+    text = page(capsys, *arguments, "--set", "gradient_clipping=0.5")
+    assert "gradients of norm above 0.5 are clipped to it · not in the paper's recipe" in text
+
+
 def test_summary_of_the_8k_run(capsys):
     numbers = summary(capsys, str(CONFIG_8K), "--world-size", "256", *IMAGENET)
     assert (numbers["train_batch_size"], numbers["micro_batch"], numbers["logical_workers"]) == (8192, 32, 256)

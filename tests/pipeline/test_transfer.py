@@ -205,6 +205,18 @@ def test_timms_own_weights_come_with_their_classifier_or_get_a_new_one(monkeypat
     assert asked == [("resnet18", SMALL)] * 2, "with the number of classes that the weights are for"
 
 
+def test_the_page_says_how_timms_weights_want_their_images():
+    theirs = schema.Model(name="vit_tiny_patch16_224", start_from="timm")
+    network = model.create(theirs, 10, seed=0)
+    start = transfer.Start("timm", "ab" * 32, "head of the weights, 10 classes")
+    [_, (_, line)] = transfer.describe(network, start, schema.Transform())
+    assert "--set 'recipe.transform.mean=[0.5, 0.5, 0.5]' --set 'recipe.transform.std=[0.5, 0.5, 0.5]'" in line
+    half = schema.Transform(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert len(transfer.describe(network, start, half)) == 1
+    of_a_run = transfer.Start("runs/a/model.safetensors", start.digest, start.classifier)
+    assert len(transfer.describe(network, of_a_run, schema.Transform())) == 1, "whose images were whatever they were"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -243,7 +255,7 @@ def test_a_pattern_freezes_what_it_matches_and_the_bn_layers_that_are_all_frozen
     names = {id(layer): name for name, layer in built.named_modules()}
     layers = {names[id(layer)] for layer in transfer.frozen_norms(built)}
     assert layers == {"layer1.0.bn1", "layer1.0.bn2", "layer1.0.downsample.1"}, "layer2's have a β that is trained"
-    rows = dict(transfer.describe(built, None))
+    rows = dict(transfer.describe(built, None, schema.Transform()))
     assert rows["trained"].startswith(f"{len(everything) - len(frozen)} of {len(everything)} parameters")
     assert "3 of 13 BN layers in evaluation mode" in rows["trained"]
     spared = sum(len(group["params"]) for group in model.parameter_groups(built))
