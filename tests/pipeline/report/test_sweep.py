@@ -246,7 +246,11 @@ def test_an_arm_of_which_a_seed_diverged_while_another_goes_on_is_unfinished(swe
     path = sweep()
     train(path, "none", {0: NONE[0][:3]}, diverged=True)
     train(path, "none", {1: NONE[1][:4]}, finished=False)
+    with MetricsWriter(tmp_path / "runs" / LOG_FILE) as record:
+        for run in ("none/seed-0", "none/seed-1"):
+            record.write(ENDED, run=run, how="failed", code=2, last=["x"])
     none = rows_of(sweep_file.load(path), tmp_path / "runs")[0][0]
+    assert none.notes == ("none/seed-1 failed with exit code 2. “x”", "none: seed-2 has not been trained.")
     assert (none.state, none.error, none.survivors) == ("unfinished", None, None)
     assert list(none.diverged) == ["none/seed-0"] and list(none.counted) == ["none/seed-1"]
 
