@@ -9,7 +9,14 @@ from shards.errors import UserError
 
 
 class DivergenceError(UserError):
-    """The training has come apart; every rank meets it at the same update."""
+    """The training has come apart; every rank meets it at the same update.
+
+    Attributes:
+        is_result: whether that is what the recipe comes to, and its record says so. False where no update was ever
+            applied: nothing was trained then, and the precision is what has to be mended.
+    """
+
+    is_result = True
 
 
 def not_finite(plan: Plan, what: str, samples: int) -> DivergenceError:
@@ -48,7 +55,9 @@ def overflowed(
         f"recipe.watchdog.withheld_updates is {config.recipe.watchdog.withheld_updates}; 0 goes on whatever overflows.",
     ]
     if none_applied:
-        return DivergenceError(f"{headline}: none was ever applied", *lines)
+        error = DivergenceError(f"{headline}: none was ever applied", *lines)
+        error.is_result = False
+        return error
     return DivergenceError(
         headline,
         "Where the loss rose before, it has diverged. Lower optimizer.params.lr, or lengthen "

@@ -363,11 +363,16 @@ def _set_aside(folder: Path, console: Console) -> None:
 
 def _finished(folder: Path, after: int = 0) -> bool:
     """Whether the record says that the run finished, in an event beyond the first `after`."""
+    return _ended_as("finished", folder, after)
+
+
+def _ended_as(ending: str, folder: Path, after: int = 0) -> bool:
+    """Whether the record has such an event beyond the first `after`, and no start of a process since."""
     path = folder / FILE_NAME
     if not path.exists():
         return False
-    events = [event["event"] for event in read_metrics(path)[after:]]
-    return "finished" in events and "start" not in events[events.index("finished") :]
+    kinds = [event["event"] for event in reversed(read_metrics(path)[after:])]  # the last first
+    return ending in kinds and "start" not in kinds[: kinds.index(ending)]
 
 
 def _not_finished(folder: Path, ended: launcher.Ended, fault: Fault | None, *, several_hosts: bool) -> str:
@@ -379,7 +384,8 @@ def _not_finished(folder: Path, ended: launcher.Ended, fault: Fault | None, *, s
         lines.append(fault.what)
     if (folder / FILE_NAME).exists():
         lines.append(f"What happened is above and in {folder / FILE_NAME}.")
-        lines.append("The same command continues from the last checkpoint.")
+        if not _ended_as("diverged", folder):  # else it would come apart once more
+            lines.append("The same command continues from the last checkpoint.")
     elif several_hosts and ended.code == 0:
         lines.append(f"{folder / FILE_NAME} is not there, though the launcher saw no failure.")
         lines.append("The run folder must be on a file system that this host shares with the first host.")

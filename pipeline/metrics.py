@@ -23,6 +23,8 @@ waiting for a slower rank, of whatever it is slow), `compute` is the rest. Null 
     skip        step skipped loss_scale: updates withheld by an overflow since the last report
     warning     kind message …
     stopped     step samples why: saved before the end, because somebody wanted it to stop
+    diverged    step samples epoch why: ended there, because the loss or a weight was not finite any more, or because
+                float16 updates were withheld one after the other
     fault       kind rank host step message launch: a launch that failed; written by the launcher after it has ended
     launch      hosts step code message: likewise of every launch of `onehour launch` that others followed or could have
     finished    samples top1 top5 images [ema_top1 ema_top5] median_top1 median_epochs seconds steps_share
@@ -52,6 +54,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "epoch": ("samples", "epoch"),
     "evaluation": ("samples", "epoch", "top1"),
     "resume": ("samples",),
+    "diverged": ("samples", "epoch"),
 }
 """Fields without which an event cannot be placed or counted."""
 

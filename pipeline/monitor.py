@@ -247,6 +247,10 @@ class Monitor:
             "the same command continues",
         )
 
+    def diverged(self, *, step: int, samples: int, why: str) -> None:
+        """Record that the training came apart, and ends there."""
+        self._metrics.write("diverged", step=step, samples=samples, epoch=self.plan.epoch(samples), why=why)
+
     def finish(self, **figures: Any) -> None:
         """Record that the run is complete; only a run with this event succeeded."""
         self._metrics.write("finished", **figures)

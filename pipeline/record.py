@@ -80,8 +80,8 @@ class RunRecord:
 
     `events` is everything in the order written. `start` is the last `start` event. `train`, `epochs` and
     `evaluations` hold what was not superseded: after a resume at S samples, earlier ones beyond S were done again.
-    `finished` is None unless the last process wrote that it finished. `repeated` counts the images that were
-    trained on again after resumes.
+    `finished` is None unless the last process wrote that it finished, and `diverged` unless it wrote that the training
+    came apart. `repeated` counts the images that were trained on again after resumes.
     """
 
     folder: Path
@@ -92,6 +92,7 @@ class RunRecord:
     evaluations: list[Event]
     finished: Event | None
     repeated: int
+    diverged: Event | None = None
 
     @classmethod
     def read(cls, folder: Path | str) -> RunRecord:
@@ -113,6 +114,7 @@ class RunRecord:
         kept: dict[str, list[Event]] = {"train": [], "epoch": [], "evaluation": []}
         start: Event | None = None
         finished: Event | None = None
+        diverged: Event | None = None
         reached, repeated = 0, 0
         for event in events:
             kind = event["event"]
@@ -121,8 +123,10 @@ class RunRecord:
                 reached = max(reached, event["samples"])
             elif kind == "finished":
                 finished = event
+            elif kind == "diverged":
+                diverged = event
             elif kind == "start":
-                start, finished = event, None
+                start, finished, diverged = event, None, None
                 position = event.get("resumed_from")
                 # a start from nothing in a used folder was asked for: what was there before is another run's
                 keep = -1 if position is None else position
@@ -131,7 +135,8 @@ class RunRecord:
                 reached = position or 0
         if start is None:
             raise UserError(f"{folder / FILE_NAME}: no process recorded its start, so the run is unknown")
-        return cls(folder, list(events), start, kept["train"], kept["epoch"], kept["evaluation"], finished, repeated)
+        histories = (kept["train"], kept["epoch"], kept["evaluation"])
+        return cls(folder, list(events), start, *histories, finished, repeated, diverged)
 
     @property
     def samples(self) -> int:

@@ -13,6 +13,7 @@ from types import TracebackType
 from pipeline import checkpoint, config, divergence, model, report, transfer
 from pipeline.batch_norm import average_statistics
 from pipeline.decode import make_decoder
+from pipeline.divergence import DivergenceError
 from pipeline.engine import Engine, World
 from pipeline.evaluate import Result, evaluate
 from pipeline.loader import Loader, MicroBatch, default_threads, evaluation_requests, training_requests
@@ -101,8 +102,16 @@ class Run:
 
         Returns:
             False where somebody wanted the training to stop before: it is saved after the same update on all ranks.
+
+        Raises:
+            DivergenceError: it has come apart, on all ranks alike, and the record says so.
         """
-        self._train()
+        try:
+            self._train()
+        except DivergenceError as error:
+            if error.is_result and self.monitor is not None:
+                self.monitor.diverged(step=self.step, samples=self.samples, why=error.headline)
+            raise
         if self.step < self.plan.steps:
             self._stop()
             return False

@@ -1,7 +1,8 @@
 """`onehour sweep FILE`: every arm of a sweep with every seed, each a run of `onehour train`, until all have finished.
 
-All of them are resolved against their data and ranks before the first is started. What has finished, by its own record
-and as the file has it, is not trained again; what has begun goes on; one run's failure does not end the others.
+All of them are resolved against their data and ranks before the first is started. What has finished or diverged, by its
+own record and as the file has it, is not trained again; what has begun goes on; one run's failure does not end the
+others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pipeline import plan as plans
 from pipeline.dataset import AnySplit, cache_folder
 from pipeline.experiment import check_monitors, open_splits, overrides_of, plan_run
 from pipeline.fault import FAILED, FINISHED, STOPPED
-from pipeline.metrics import FILE_NAME, MetricsWriter
+from pipeline.metrics import FILE_NAME, Event, MetricsWriter
 from pipeline.plan import Plan
 from pipeline.record import RunRecord
 from pipeline.report import text
@@ -62,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=_jobs, metavar="N", help="runs at once, or auto (default): as many as the GPUs or cores allow"
     )
     parser.add_argument(
-        "--restart", action="store_true", help="train anew where another training is; it is kept, renamed"
+        "--restart",
+        action="store_true",
+        help="train anew where another training is, or where one diverged; it is kept, renamed",
     )
     parser.add_argument("--dry-run", action="store_true", help="validate and list all runs, and start none")
     parser.add_argument("--world-size", type=int, metavar="W", help="with --dry-run: ranks of a run, wherever they are")
@@ -94,7 +97,11 @@ class Resolved(NamedTuple):
 
 
 def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
-    """Validate, list, train what is missing. Returns the exit code: 0 all finished, 1 one failed, 75 was stopped."""
+    """Validate, list, train what is missing.
+
+    Returns:
+        The exit code: 0 all have finished or diverged, 1 one failed, 75 was stopped.
+    """
     if not args.dry_run and (args.world_size is not None or args.samples is not None):
         raise UserError("--world-size and --samples are for a look at runs that are not started: add --dry-run")
     if args.samples is not None and args.samples < 1:
@@ -109,17 +116,19 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
             _make(folder)
             stack.enter_context(exclusive(folder, WRITER))
         states = [state_of(resolved.run.folder, resolved.plan) for resolved in runs]
-        todo = [resolved for resolved, state in zip(runs, states, strict=True) if state.kind != "finished"]
+        over = {"finished"} if args.restart else {"finished", "diverged"}
+        todo = [resolved for resolved, state in zip(runs, states, strict=True) if state.kind not in over]
         world_sizes = [resolved.plan.batch.world_size for resolved in todo]
         parts, takes = machine.divide(world_sizes) if args.world_size is None else ([], [])
-        _print_list(console, sweep, folder, runs, states, at_once=len(parts) // min(takes, default=1))
+        at_once = min(len(parts) // min(takes, default=1), len(todo))
+        _print_list(console, sweep, folder, runs, states, at_once=at_once)
         if args.dry_run:
             console.print("nothing was started: --dry-run")
             return FINISHED
         differing = [(r.run, state) for r, state in zip(runs, states, strict=True) if state.kind == "differs"]
         if differing and not args.restart:
             raise _other_trainings(sweep, differing)
-        anew = {run.name for run, _ in differing}
+        anew = {r.run.name for r, state in zip(runs, states, strict=True) if state.kind in ("differs", "diverged")}
         planned = {resolved.run.name: resolved for resolved in todo}
         commands = [
             Job(
@@ -132,7 +141,9 @@ def run(args: argparse.Namespace, launcher_options: Sequence[str]) -> int:
             for (name, resolved), taken in zip(planned.items(), takes, strict=True)
         ]
         with MetricsWriter(folder / LOG_FILE) as record:
-            teller = _Teller(console, record, planned, done=len(runs) - len(todo), total=len(runs))
+            kept = [state.kind for state in states if state.kind in over]
+            diverged = kept.count("diverged")
+            teller = _Teller(console, record, planned, done=len(kept) - diverged, diverged=diverged, total=len(runs))
             running = Jobs(commands, parts, teller)
             with closing(teller):
                 running.run()
@@ -268,9 +279,14 @@ def _print_list(
     wide.print(table)
     console.print()
     kinds = [state.kind for state in states]
-    words = {"finished": "finished", "begun": "to go on", "missing": "missing", "differs": "of another training"}
+    words = {
+        "finished": "finished",
+        "diverged": "diverged",
+        "begun": "to go on",
+        "missing": "missing",
+        "differs": "of another training",
+    }
     counts = ", ".join(f"{kinds.count(kind)} {word}" for kind, word in words.items() if kind in kinds)
-    at_once = min(at_once, len(runs) - kinds.count("finished"))
     several = f" · up to {at_once} at once" if at_once > 1 else ""
     console.print(f"{len(runs)} run{'s' * (len(runs) != 1)}: {counts}{several}")
 
@@ -283,19 +299,29 @@ class _Teller:
         record: the sweep's.
         planned: the runs that are started, by name.
         done: how many had finished before.
+        diverged: how many had diverged before, and are not started again.
         total: runs in all.
     """
 
     def __init__(
-        self, console: Console, record: MetricsWriter, planned: dict[str, Resolved], *, done: int, total: int
+        self,
+        console: Console,
+        record: MetricsWriter,
+        planned: dict[str, Resolved],
+        *,
+        done: int,
+        diverged: int,
+        total: int,
     ) -> None:
         self._console = console
         self._record = record
         self._planned = planned
         self._done = done
+        self._diverged = diverged
         self._total = total
         self._width = max(map(len, planned), default=0)
         self._failed: list[tuple[Job, int]] = []
+        self._before = {name: _divergence(resolved.run.folder) for name, resolved in planned.items()}
         self._status = console.status("") if console.is_terminal else None
         self._look_at = 0.0
 
@@ -335,7 +361,15 @@ class _Teller:
             median = RunRecord.read(job.folder).median_error()
             top1 = f"top-1 {median.accuracy:.2f} %   " if median is not None else ""
             self._note("finished", job, code, seconds)
-            self._say("finished", job, f"{top1}{took}   {self._done} of {self._total} runs")
+            self._say("finished", job, f"{top1}{took}   {self._ended} of {self._total} runs")
+        elif state.kind == "diverged" and _divergence(job.folder) != self._before[job.name]:
+            self._diverged += 1
+            self._note("diverged", job, code, seconds)
+            self._say(
+                "diverged",
+                job,
+                f"{state.text.removeprefix('diverged ')}   {took}   {self._ended} of {self._total} runs",
+            )
         elif stopping or code == STOPPED:
             self._note("stopped", job, code, seconds)
             self._say("stopped", job, f"{state.text}   after {took}")
@@ -353,20 +387,36 @@ class _Teller:
             for line in last_lines(job.log):
                 console.print(f"  | {line}", markup=False)
             console.print()
-        console.print(f"{self._done} of {self._total} runs have finished")
+        diverged = f", {self._diverged} {'has' if self._diverged == 1 else 'have'} diverged" if self._diverged else ""
+        console.print(f"{self._done} of {self._total} runs have finished{diverged}")
         if stopped:
             console.print("stopped: the same command goes on where the runs were saved")
         elif self._failed:
             console.print("the same command tries again what failed")
+        if self._diverged:
+            console.print("to diverge is an ending: only --restart trains such a run anew")
         out = f" --runs {args.out}" if args.out else ""
         console.print(f"next:  onehour report {args.file}{out}     the table and the figures", markup=False)
-        return FAILED if self._failed else STOPPED if stopped or self._done < self._total else FINISHED
+        return FAILED if self._failed else STOPPED if stopped or self._ended < self._total else FINISHED
+
+    @property
+    def _ended(self) -> int:
+        """Runs that there is nothing left to do for."""
+        return self._done + self._diverged
 
     def _note(self, how: str, job: Job, code: int, seconds: float, **more: object) -> None:
         self._record.write(ENDED, run=job.name, log=job.log, how=how, code=code, seconds=round(seconds, 1), **more)
 
     def _say(self, what: str, job: Job, more: str, style: str | None = None) -> None:
         self._console.print(Text.assemble((f"{what:<9}", style or ""), f"{job.name:<{self._width}}   {more}"))
+
+
+def _divergence(folder: Path) -> Event | None:
+    """What a run's record says of its divergence; that of a run which is to be replaced is no news."""
+    try:
+        return RunRecord.read(folder).diverged
+    except UserError:  # there is none, or it cannot be read
+        return None
 
 
 def _progress(folder: Path) -> str:

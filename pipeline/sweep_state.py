@@ -20,7 +20,8 @@ LOG_FILE = "sweep.jsonl"
 """In the sweep's folder, written as a run's record is:
 
     run started   run log command
-    run ended     run log how ("finished", "failed", "stopped") code seconds [last]: the last lines of a log of failure
+    run ended     run log how ("finished", "diverged", "failed", "stopped") code seconds [last]: the last lines of a log
+                  of failure
 """
 STARTED, ENDED = "run started", "run ended"
 
@@ -32,13 +33,13 @@ class State:
     """How far a run is.
 
     Attributes:
-        kind: `finished`, by its record; `begun`, and not finished; `missing`; `differs`: there is another training in
-            its folder than the sweep asks for, or one that cannot be read.
+        kind: `finished` or `diverged`, by its record: both have ended; `begun`, and not ended; `missing`; `differs`:
+            there is another training in its folder than the sweep asks for, or one that cannot be read.
         text: the same for people.
         reasons: in what it differs.
     """
 
-    kind: Literal["finished", "begun", "missing", "differs"]
+    kind: Literal["finished", "diverged", "begun", "missing", "differs"]
     text: str
     reasons: tuple[str, ...] = ()
 
@@ -64,6 +65,8 @@ def state_of(folder: Path, plan: Plan) -> State:
         return State("differs", f"another training: {reasons[0]}", tuple(reasons))
     if record.finished is not None:
         return State("finished", "finished")
+    if record.diverged is not None:
+        return State("diverged", f"diverged at epoch {record.diverged['epoch']:.2f}")
     steps = [step for step, _ in saved_steps(folder)]
     if not steps:
         return State("begun", "to begin again: nothing was saved")

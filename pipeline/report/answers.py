@@ -27,7 +27,9 @@ def remarks(row: Row) -> list[str]:
     """What a reader must know before trusting a row's figures."""
     found = []
     for name, record in row.runs.items():
-        if not record.finished:
+        if record.diverged:
+            found.append(f"{name} diverged: {record.diverged.get('why') or text.progress(record)}.")
+        elif not record.finished:
             effect = ": its figures are those so far." if name in row.counted else " and is left out of the figures."
             found.append(f"{name} has not finished ({text.progress(record)}){effect}")
     for name, record in row.counted.items():
@@ -69,7 +71,21 @@ def _averages(name: str, record: RunRecord) -> list[str]:
 def _lack(row: Row) -> str:
     if row.finished:
         return "was never evaluated"
+    if row.diverged:
+        return text.diverges(row)
     return "has not finished" if row.runs else "has not been trained"
+
+
+def _divergence(row: Row) -> str:
+    """The answer about a row that diverged."""
+    epochs = ", ".join(text.number(record.diverged["epoch"]) for record in row.diverged.values() if record.diverged)
+    sentence = f"{row.label}: {text.diverges(row)}, at epoch {epochs}."
+    survivors = row.survivors
+    if survivors is None:
+        return sentence
+    others = "The one that finished has" if len(survivors.runs) == 1 else "Those that finished have"
+    error = text.spread(survivors.error, survivors.std)
+    return f"{sentence} {others} error {error} %, which is not the row’s."
 
 
 def _level(difference: float) -> str:
@@ -85,6 +101,8 @@ def _minibatch(row: Row) -> int:
 
 def _outcome(row: Row) -> str:
     """The answer about a single row."""
+    if row.diverged:
+        return _divergence(row)
     if row.error is None or row.accuracy is None:
         return f"There is no evaluation in the record of {row.label}, so there is no accuracy to report."
     used = row.medians[0].used
@@ -99,10 +117,13 @@ def _outcome(row: Row) -> str:
 
 def _verdict(row: Row, baseline: Row) -> str:
     """The answer about a row beside the baseline."""
+    if row.diverged:
+        return _divergence(row)
     if row.difference is None:
         missing = [r for r in (row, baseline) if not r.finished or r.error is None]
         reasons = [f"{r.label} {_lack(r)}" for r in missing]
-        return f"{row.label}: no answer yet, because {' and '.join(reasons)}."
+        yet = "" if baseline.diverged else " yet"
+        return f"{row.label}: no answer{yet}, because {' and '.join(reasons)}."
     lead = (
         f"{row.label}: error {text.spread(row.error, row.std)} %, {_level(row.difference)} {baseline.label} "
         f"({text.spread(baseline.error, baseline.std)} %)."

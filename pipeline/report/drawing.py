@@ -123,8 +123,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
         style = line_style(index)
         for name, record in row.runs.items():
             if name not in row.counted and (curve := panel.points(record)):
-                epochs, values, _ = _mean([curve], panel.begin)
-                axes.plot(epochs, values, **style, linewidth=0.7, alpha=0.7)
+                draw_apart(axes, curve, panel.begin, **style)
         curves = [curve for record in row.counted.values() if (curve := panel.points(record))]
         if not curves:
             continue
@@ -142,6 +141,12 @@ def count_epochs(axes: Axes, most: int = 10) -> None:
     first, last = axes.get_xlim()
     if last - first > 2:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]))
+
+
+def draw_apart(axes: Axes, curve: Points, begin: float = 0.0, **style: Any) -> None:
+    """The curve of a run that is not counted, thin; the arguments are as of `draw_mean`."""
+    epochs, values, _ = _mean([curve], begin)
+    axes.plot(epochs, values, **style, linewidth=0.7, alpha=0.7, marker="." if len(epochs) == 1 else "")
 
 
 def draw_mean(axes: Axes, curves: Sequence[Points], begin: float = 0.0, order: int = 0, **style: Any) -> None:

@@ -68,7 +68,7 @@ def event_log(record: RunRecord) -> list[LogEntry]:
             lines.append(line)
         else:
             _join(old, line)
-    if not record.finished:
+    if not (record.finished or record.diverged):
         how = "not continued yet" if _told(process) else "still running, or stopped without finishing"
         what = f"the record ends here: {how}"
         lines.append(Line(record.events[-1], "unfinished", what))
@@ -92,6 +92,8 @@ def _line(event: Event) -> Line | None:
     if kind == "stopped":
         why = event.get("why", text.UNKNOWN)
         return Line(event, "stopped", f"saved and stopped after update {_step(event)}: {why}")
+    if kind == "diverged":
+        return Line(event, "diverged", str(event.get("why", "")))
     if kind == "fault":
         where = f"stacks in {FAULTS_FOLDER}/{event['launch']}" if "launch" in event else ""
         return Line(event, "failed", str(event.get("message", "")), where)
@@ -137,7 +139,7 @@ def _join(old: Line, line: Line) -> None:
 
 def _told(process: list[Event]) -> bool:
     """Whether the record says how a process ended that did not finish."""
-    return any(event["event"] in ("stopped", "fault") for event in process)
+    return any(event["event"] in ("stopped", "diverged", "fault") for event in process)
 
 
 def _broken_off(process: list[Event], resumed_from: int | None) -> list[Line]:

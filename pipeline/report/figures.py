@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from pipeline.record import RunRecord
 from pipeline.report import text
 from pipeline.report.charts import TRAINING_ERROR, VALIDATION_ERROR, Picture
-from pipeline.report.drawing import Points, as_png, count_epochs, draw_mean, line_style
+from pipeline.report.drawing import Points, as_png, count_epochs, draw_apart, draw_mean, line_style
 from pipeline.report.rows import Row
 
 SIDE_BY_SIDE = 3
@@ -25,10 +26,14 @@ POINTS_HEIGHT = 4.2
 CURVES_CAPTION = (
     "Training error, measured on the minibatches as they went by: the baseline and one arm in each panel; mean and ± 1 "
     "standard deviation over seeds. In the legends: minibatch, peak learning rate, and validation error (mean ± "
-    "standard deviation of the runs’ medians over their last epochs)."
+    "standard deviation of the runs’ medians over their last epochs). Thin: runs that diverged."
 )
 VALIDATION_CAPTION = "Dotted: the validation error after each epoch."
-POINTS_CAPTION = "Top-1 validation error against the minibatch; bars are ± 2 standard deviations over runs."
+POINTS_CAPTION = (
+    "Top-1 validation error against the minibatch; bars are ± 2 standard deviations over runs. Arms that have not "
+    "finished are left out."
+)
+DIVERGED_CAPTION = "Crosses at the upper edge: arms that diverged, and with how many of their seeds."
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class Point:
     kn: int
     error: float
     std: float | None = None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """At a minibatch of kn images `diverged` of so many `runs` diverged, so that there is no error."""
+
+    kn: int
+    diverged: int
+    runs: int
 
 
 def curves(
@@ -76,12 +90,10 @@ def _draw_curves(axes: Axes, baseline: Row, arm: Row, order: Sequence[Row], *, v
     pair = [arm] if arm is baseline else [baseline, arm]
     for number, row in enumerate(pair):
         style = line_style(order.index(row)) | {"linestyle": "-"}
-        training = _of_all(row, TRAINING_ERROR.panels[0].points)
-        if training:
-            draw_mean(axes, training, order=number, label=_legend(row), **style)
-        validated = _of_all(row, VALIDATION_ERROR.panels[0].points) if validation else []
-        if validated:
-            draw_mean(axes, validated, order=number, **(style | {"linestyle": ":"}))
+        training = TRAINING_ERROR.panels[0].points
+        _draw_runs(axes, row, training, style | {"label": _legend(row)}, order=number)
+        if validation:
+            _draw_runs(axes, row, VALIDATION_ERROR.panels[0].points, style | {"linestyle": ":"}, order=number)
     axes.set_title(arm.label)
     count_epochs(axes, most=5)
     if axes.has_data():
@@ -90,18 +102,39 @@ def _draw_curves(axes: Axes, baseline: Row, arm: Row, order: Sequence[Row], *, v
         axes.text(0.5, 0.5, "not trained yet", transform=axes.transAxes, ha="center", color="#555555")
 
 
-def _of_all(row: Row, points: Callable[[RunRecord], Points]) -> list[Points]:
-    return [curve for record in row.counted.values() if (curve := points(record))]
+def _draw_runs(
+    axes: Axes, row: Row, points: Callable[[RunRecord], Points], style: dict[str, Any], *, order: int
+) -> None:
+    """The mean of the counted runs with its band, and those that diverged one by one; one line has the label."""
+    counted = [curve for record in row.counted.values() if (curve := points(record))]
+    if counted:
+        draw_mean(axes, counted, order=order, **style)
+        style = {key: value for key, value in style.items() if key != "label"}
+    for record in row.diverged.values():
+        if curve := points(record):
+            draw_apart(axes, curve, **style)
+            style = {key: value for key, value in style.items() if key != "label"}
 
 
 def _legend(row: Row) -> str:
     size, rate = row.start.get("train_batch_size"), row.start.get("peak_lr")
     shown = short(size) if isinstance(size, int) else text.UNKNOWN
-    error = f"   {text.spread(row.error, row.std)} %" if row.error is not None else ""
-    return f"kn = {shown}, η = {text.rate(rate)}{error}"
+    result = f"{text.spread(row.error, row.std)} %" if row.error is not None else ""
+    if row.diverged:
+        result = text.diverges(row)
+    elif not row.finished:
+        result = "(unfinished)"
+    return f"kn = {shown}, η = {text.rate(rate)}   {result}".rstrip()
 
 
-def minibatch(name: str, title: str, ours: Sequence[Point], papers: Sequence[Point], task: str) -> Picture:
+def minibatch(
+    name: str,
+    title: str,
+    ours: Sequence[Point],
+    papers: Sequence[Point],
+    task: str,
+    divergences: Sequence[Divergence] = (),
+) -> Picture:
     """Error against the minibatch on a logarithmic axis (the paper's figure 1), the paper's points beside.
 
     Args:
@@ -110,6 +143,7 @@ def minibatch(name: str, title: str, ours: Sequence[Point], papers: Sequence[Poi
         papers: what was published, of the same minibatches.
         task: what the published points are of, where that is not what was trained here: they then have axes of their
             own.
+        divergences: where ours diverged, which has a mark at the upper edge instead of a point.
     """
     apart = bool(task) and bool(papers)
 
@@ -118,8 +152,11 @@ def minibatch(name: str, title: str, ours: Sequence[Point], papers: Sequence[Poi
         every = figure.subplots(1, 2 if apart else 1, squeeze=False)[0]
         _draw_points(every[0], ours, 0, "this sweep")
         _draw_points(every[-1], papers, 1, f"Goyal et al. 2017{f', {task}' if task else ''}", beside=not apart)
-        for axes, points in zip(every, (ours, papers) if apart else ((*ours, *papers),), strict=True):
-            kns = sorted({point.kn for point in points})
+        _draw_divergences(every[0], divergences, 0)
+        own = {point.kn for point in ours} | {divergence.kn for divergence in divergences}
+        published = {point.kn for point in papers}
+        for axes, sizes in zip(every, (own, published) if apart else (own | published,), strict=True):
+            kns = sorted(sizes)
             axes.set_xlabel("minibatch, images")
             axes.set_ylabel("top-1 validation error (%)")
             if kns:
@@ -131,7 +168,8 @@ def minibatch(name: str, title: str, ours: Sequence[Point], papers: Sequence[Poi
             if axes.has_data():
                 axes.legend(loc="upper left")
 
-    return Picture(f"{name}.png", title or "Error against minibatch", POINTS_CAPTION, as_png(fill, POINTS_HEIGHT))
+    caption = f"{POINTS_CAPTION} {DIVERGED_CAPTION}" if divergences else POINTS_CAPTION
+    return Picture(f"{name}.png", title or "Error against minibatch", caption, as_png(fill, POINTS_HEIGHT))
 
 
 def _draw_points(axes: Axes, points: Sequence[Point], index: int, label: str, *, beside: bool = False) -> None:
@@ -150,6 +188,38 @@ def _draw_points(axes: Axes, points: Sequence[Point], index: int, label: str, *,
         linewidth=1.2,
         label=label,
     )
+
+
+def _draw_divergences(axes: Axes, divergences: Sequence[Divergence], index: int) -> None:
+    """A cross at the upper edge for each, and beside it the number of seeds."""
+    if not divergences:
+        return
+    if not axes.has_data():  # nothing says how high the errors are
+        axes.set_ylim(0, 100)
+    at_the_edge = axes.get_xaxis_transform()  # minibatches across, shares of the height upwards
+    axes.plot(
+        [divergence.kn for divergence in divergences],
+        [1] * len(divergences),
+        color=line_style(index)["color"],
+        linestyle="none",
+        marker="x",
+        markersize=7,
+        markeredgewidth=1.8,
+        transform=at_the_edge,
+        clip_on=False,
+        label="diverges",
+    )
+    for divergence in divergences:
+        axes.annotate(
+            f"{divergence.diverged} of {divergence.runs}",
+            (divergence.kn, 1),
+            xycoords=at_the_edge,
+            xytext=(-6, -4),  # the paper's bars are to the right
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+        )
 
 
 def _entitle(figure: Figure, title: str) -> None:

@@ -69,7 +69,7 @@ def _render(rows: Sequence[Row], pictures: Sequence[Picture], title: str | None)
     runs = [
         {
             "name": name,
-            "finished": record.finished is not None,
+            "state": "" if record.finished else _unfinished(record),
             "facts": _facts(record),
             "plan": str(record.start.get("plan") or "").strip("\n"),
             "log": event_log(record),
@@ -95,10 +95,15 @@ def _render(rows: Sequence[Row], pictures: Sequence[Picture], title: str | None)
     )
 
 
+def _unfinished(record: RunRecord) -> str:
+    return "diverged" if record.diverged else "unfinished"
+
+
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
     """A run in a few lines; what the record does not hold is left out."""
     start = {key: value for key, value in record.start.items() if value is not None}
-    facts = [("state", f"{'finished' if record.finished else 'not finished'}, {text.progress(record)}")]
+    state = "finished" if record.finished else _unfinished(record)
+    facts = [("state", f"{state}, {text.progress(record)}")]
     if "config" in start:
         overrides = [f"--set {override}" for override in start.get("overrides", [])]
         facts.append(("configuration", " ".join([str(start["config"]), *overrides])))

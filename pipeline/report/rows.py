@@ -65,6 +65,15 @@ class PaperResult:
     difference: float | None = None
 
 
+@dataclass(frozen=True)
+class Survivors:
+    """The runs of a row that did not diverge, by name; mean and standard deviation of their errors, percent."""
+
+    runs: tuple[str, ...]
+    error: float
+    std: float | None
+
+
 @dataclass
 class Row:
     """One configuration: a line of the table and a curve in every chart. Errors are top-1, in percent.
@@ -73,7 +82,8 @@ class Row:
         label: what the row is called.
         runs: its runs by name; a row of a sweep may not have any yet.
         baseline: whether the others are compared with this one.
-        difference: mean error minus the baseline's, in points; None for the baseline, and while either is unfinished.
+        difference: mean error minus the baseline's, in points; None for the baseline, while either is unfinished, and
+            where either diverged.
         interval: the difference's 95 % interval (Welch); None unless both rows have at least two runs.
         paper: what was published of it, if anything.
         notes: what else to know before trusting it, in sentences.
@@ -93,19 +103,28 @@ class Row:
         return next((record.start for record in self.runs.values()), {})
 
     @cached_property
+    def diverged(self) -> dict[str, RunRecord]:
+        """The runs that diverged. With one of them the row has no error: that of the others is not the arm's."""
+        return {name: record for name, record in self.runs.items() if record.diverged}
+
+    @cached_property
     def counted(self) -> dict[str, RunRecord]:
-        """The runs that the figures are over: the finished ones, or all where none has finished."""
-        return {name: record for name, record in self.runs.items() if record.finished} or self.runs
+        """The runs that the figures are over: the finished ones, or where none has finished all that may still."""
+        finished = {name: record for name, record in self.runs.items() if record.finished}
+        return finished or {name: record for name, record in self.runs.items() if name not in self.diverged}
 
     @property
     def finished(self) -> bool:
-        """Whether there are figures, and over finished runs."""
-        return bool(self.runs) and all(record.finished for record in self.counted.values())
+        """Whether there are figures, and over finished runs of which none diverged."""
+        return bool(self.runs) and not self.diverged and all(record.finished for record in self.counted.values())
 
     @property
     def state(self) -> str:
-        """What is to be said beside the label; empty where the figures are over finished runs."""
-        return "" if self.finished else "unfinished" if self.runs else "not trained"
+        """What is to be said beside the label; empty where the figures are over finished runs, and where all ended."""
+        if not self.runs:
+            return "not trained"
+        ended = all(record.finished or record.diverged for record in self.runs.values())
+        return "" if self.finished or ended else "unfinished"
 
     @property
     def paper_gap(self) -> float | None:
@@ -116,8 +135,8 @@ class Row:
 
     @property
     def seeds(self) -> list[Any]:
-        """The seeds of the counted runs."""
-        return sorted((record.start.get("seed") for record in self.counted.values()), key=str)
+        """The seeds of the counted runs, and of those that diverged."""
+        return sorted((record.start.get("seed") for record in (self.counted | self.diverged).values()), key=str)
 
     @cached_property
     def medians(self) -> list[MedianError]:
@@ -131,8 +150,8 @@ class Row:
 
     @property
     def error(self) -> float | None:
-        """Mean over the runs of the median error of their last epochs."""
-        return statistics.fmean(m.error for m in self.medians) if self.medians else None
+        """Mean over the runs of the median error of their last epochs; None where one diverged."""
+        return None if self.diverged else _mean(self.medians)
 
     @property
     def accuracy(self) -> float | None:
@@ -141,8 +160,17 @@ class Row:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation (n − 1) of the error over the runs; None with one."""
-        return statistics.stdev(m.error for m in self.medians) if len(self.medians) > 1 else None
+        """Sample standard deviation (n − 1) of the error over the runs; None with one, and where one diverged."""
+        return None if self.diverged else _std(self.medians)
+
+    @property
+    def survivors(self) -> Survivors | None:
+        """The runs that finished where others diverged; None where none did either."""
+        finished = [name for name, record in self.runs.items() if record.finished]
+        mean = _mean(self.medians)
+        if not (self.diverged and finished) or mean is None:
+            return None
+        return Survivors(tuple(finished), mean, _std(self.medians))
 
     @property
     def seconds(self) -> float | None:
@@ -161,6 +189,14 @@ class Row:
     def _mean(self, figure: Callable[[RunRecord], float | None]) -> float | None:
         values = [value for record in self.counted.values() if (value := figure(record)) is not None]
         return statistics.fmean(values) if values else None
+
+
+def _mean(medians: Sequence[MedianError]) -> float | None:
+    return statistics.fmean(median.error for median in medians) if medians else None
+
+
+def _std(medians: Sequence[MedianError]) -> float | None:
+    return statistics.stdev(median.error for median in medians) if len(medians) > 1 else None
 
 
 def compare(records: Sequence[RunRecord], reference: Path | str | None = None) -> list[Row]:

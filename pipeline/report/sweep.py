@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.metrics import FILE_NAME, Event
 from pipeline.record import RunRecord
 from pipeline.report.charts import Picture
-from pipeline.report.figures import Point, curves, minibatch
+from pipeline.report.figures import Divergence, Point, curves, minibatch
 from pipeline.report.rows import PaperResult, Row, measure_difference
 from pipeline.sweep_file import Arm, Figure, Sweep, SweepRun
 from pipeline.sweep_state import differences_from, last_endings
@@ -121,7 +121,8 @@ def _row(arm: Arm, wanted: Sequence[tuple[SweepRun, Config | None]], endings: di
             except UserError as error:
                 notes.append(f"{run.name}: {error.headline}.")
         ending = endings.get(run.name)
-        if ending is not None and ending.get("how") == "failed" and (record is None or record.finished is None):
+        ended = record is not None and (record.finished or record.diverged)
+        if ending is not None and ending.get("how") == "failed" and not ended:
             said = "".join(f" “{line.strip()}”" for line in (ending.get("last") or [])[-1:])
             notes.append(f"{run.name} failed with exit code {ending.get('code')}.{said}")
         elif record is None:
@@ -138,11 +139,12 @@ def _draw(figure: Figure, name: str, sweep: Sweep, rows: dict[str, Row], sizes: 
         return curves(
             name, figure.title, rows[figure.baseline], arms, list(rows.values()), validation=figure.validation
         )
-    ours = [Point(sizes[row.label], row.error, row.std) for row in arms if row.error is not None]
+    ours = [Point(sizes[row.label], row.error, row.std) for row in arms if row.finished and row.error is not None]
+    divergences = [Divergence(sizes[row.label], len(row.diverged), len(row.runs)) for row in arms if row.diverged]
     published = {arm.name: arm.paper for arm in sweep.arms if arm.paper is not None}
     papers = [
         Point(paper.minibatch or sizes[name], paper.error, paper.std)
         for name, paper in published.items()
         if name in (figure.arms or ()) and (paper.minibatch or name in sizes)
     ]
-    return minibatch(name, figure.title, ours, papers, sweep.sections.paper_task)
+    return minibatch(name, figure.title, ours, papers, sweep.sections.paper_task, divergences)

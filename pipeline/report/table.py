@@ -40,6 +40,15 @@ class Column:
     shown: Callable[[Sequence[Row]], bool] = lambda rows: True
 
 
+def _error(row: Row) -> str:
+    return text.diverges(row) if row.diverged else text.spread(row.error, row.std)
+
+
+def _survivors(row: Row) -> str:
+    survivors = row.survivors
+    return f"the others: {text.spread(survivors.error, survivors.std)}" if survivors is not None else ""
+
+
 def _difference(row: Row) -> str:
     return "baseline" if row.baseline else text.signed(row.difference)
 
@@ -76,7 +85,7 @@ _COLUMNS = (
     Column("minibatch", "kn, images", "kn", lambda row: text.count(row.start.get("train_batch_size"))),
     Column("learning", "rate, peak", "peak LR", lambda row: text.rate(row.start.get("peak_lr"))),
     Column("seeds", "", "seeds", lambda row: text.seeds(row.seeds) or text.UNKNOWN),
-    Column("top-1 error", "%", "error %", lambda row: text.spread(row.error, row.std), strong=True),
+    Column("top-1 error", "%", "error %", _error, note=_survivors, strong=True),
     # what was published takes the room of what can be done without
     Column("accuracy", "%", "top-1 %", lambda row: text.number(row.accuracy), shown=lambda rows: not _published(rows)),
     Column("evaluated", "on images", "images", lambda row: text.counts(row.images), shown=lambda r: not _published(r)),
@@ -154,8 +163,8 @@ def as_markdown(rows: Sequence[Row], title: str | None = None) -> str:
     for row in rows:
         cells = [_labelled(row)]
         for column in shown:
-            note = f" ({_interval(row)})" if column.note is _interval and row.interval else ""
-            cells.append(column.cell(row) + note)
+            note = column.note(row) if column.note in (_interval, _survivors) else ""
+            cells.append(column.cell(row) + (f" ({note})" if note else ""))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", *(f"- {remark}" for row in rows for remark in remarks(row))]
     return "\n".join([*([f"**{title}**", ""] if title is not None else []), *lines]).rstrip()
@@ -176,20 +185,22 @@ def as_json(rows: Sequence[Row], page: Path, title: str | None = None) -> str:
             "label": row.label,
             "runs": [str(record.folder) for record in row.runs.values()],
             "finished": row.finished,
+            "diverged": {name: record.diverged["epoch"] for name, record in row.diverged.items() if record.diverged},
             "train_batch_size": row.start.get("train_batch_size"),
             "peak_lr": row.start.get("peak_lr"),
             "seeds": row.seeds,
             "top1_error": row.error,
             "top1_accuracy": row.accuracy,
             "std": row.std,
-            "evaluations_used": [median.used for median in row.medians],
+            "survivors": asdict(row.survivors) if row.survivors is not None else None,
+            "evaluations_used": [median.used for median in row.medians] if not row.diverged else [],
             "images": row.images,
             "difference": row.difference,
             "difference_95": row.interval,
             "seconds": row.seconds,
             "images_per_second": row.images_per_second,
             **{field: row.mean_over_time(field) for field in SHARES},
-            "medians": [median.error for median in row.medians],
+            "medians": [median.error for median in row.medians] if not row.diverged else [],
             "paper": asdict(row.paper) if row.paper is not None else None,
             "ours_minus_paper": row.paper_gap,
             "remarks": remarks(row),

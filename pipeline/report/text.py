@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.record import RunRecord
+from pipeline.report.rows import Row
 
 UNKNOWN = "–"
 _MINUS = "\u2212"
@@ -65,6 +66,12 @@ def seeds(values: Sequence[Any]) -> str:
         if ordered == list(range(ordered[0], ordered[0] + len(ordered))):
             return f"{ordered[0]}–{ordered[-1]}"
     return ", ".join(UNKNOWN if value is None else str(value) for value in values)
+
+
+def diverges(row: Row) -> str:
+    """What stands in place of the error of a row that has none: "diverges (2 of 3 seeds)"."""
+    number = len(row.runs)
+    return f"diverges ({len(row.diverged)} of {number} seeds)" if number > 1 else "diverges"
 
 
 def progress(record: RunRecord) -> str:

@@ -129,6 +129,13 @@ def test_an_evaluation_without_its_number_is_an_error(path: Path, value: Any) ->
         read_metrics(path)
 
 
+def test_a_divergence_without_its_epoch_is_an_error(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text(json.dumps({"event": "diverged", "samples": 100, "why": "the loss is nan"}) + "\n")
+    with pytest.raises(UserError, match="diverged event without the number “epoch”"):
+        read_metrics(path)
+
+
 def test_a_missing_file_is_a_user_error(path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_metrics(path)

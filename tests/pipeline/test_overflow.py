@@ -253,6 +253,7 @@ def assert_stopped_at_once(path: Path, said: str) -> None:
     assert [(event["step"], event["skipped_steps"]) for event in events_of(path, "train")] == [(3, 3), (6, 6)]
     assert [(event["step"], event["skipped"]) for event in events_of(path, "skip")] == [(3, 3), (6, 3)]
     assert not events_of(path, "finished") and not (run_of(path) / "checkpoints").exists()
+    assert not events_of(path, "diverged"), "nothing was trained: that is not what the recipe comes to"
 
 
 def test_a_storm_from_the_first_update_on_stops_a_run_and_says_what_to_try(write_config: Callable[..., Path]):
@@ -300,6 +301,8 @@ def test_a_storm_in_mid_run_is_said_to_be_a_divergence(write_config: Callable[..
     done = train(path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "5 updates in a row overflowed in float16 by update 6 (epoch 0.74)\n" in done.stderr
+    [end] = events_of(path, "diverged")
+    assert (end["step"], end["why"]) == (6, "5 updates in a row overflowed in float16 by update 6 (epoch 0.74)")
     for mend in (
         "Lower optimizer.params.lr",
         '"initial_scale_power": 8',

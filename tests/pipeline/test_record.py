@@ -77,6 +77,15 @@ def test_time_is_the_runs_own_or_the_sum_of_its_sessions(tmp_path: Path) -> None
     assert RunRecord.fold(two, tmp_path).seconds == (10 + 10) * 60  # and not the half hour between
 
 
+def test_a_divergence_is_that_of_the_last_process(tmp_path: Path) -> None:
+    end = {"event": "diverged", "step": 11, "samples": 1100, "epoch": 1.1, "why": "the loss is nan"}
+    record = RunRecord.fold([start(), train(1000), train(1100), end], tmp_path)
+    assert record.diverged == end and record.finished is None
+    again = RunRecord.fold([start(), train(1000), train(1100), end, start(1000)], tmp_path)
+    assert again.diverged is None and again.repeated == 100
+    assert RunRecord.fold([start(), train(1000)], tmp_path).diverged is None
+
+
 def test_time_survives_clocks_that_are_set_and_has_no_part_in_what_the_launcher_wrote(tmp_path: Path) -> None:
     def at(hour: int, minute: int, event: dict[str, Any]) -> dict[str, Any]:
         return event | {"time": f"2026-11-01T{hour:02}:{minute:02}:00.000Z"}

@@ -23,7 +23,7 @@ from tests.conftest import TINY_CLASSES, TINY_TRAIN, tiny_config
 N = TINY_TRAIN * len(TINY_CLASSES)
 # what `onehour train` would leave: a record and the resolved configuration, of which a part of the updates were done
 TRAINER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from pipeline import config
 _, path, how, *overrides = sys.argv
@@ -38,9 +38,11 @@ folder.mkdir(parents=True, exist_ok=True)
 facts = {"seed": loaded.recipe.seed, "train_samples": 130, "train_batch_size": 32, "resumed_from": None}
 events = [{"event": "start", **facts}, {"event": "evaluation", "samples": 130, "epoch": 1.0, "top1": 75.0}]
 events += [{"event": "finished", "samples": 130}] if how == "finish" else []
+why = {"step": 13, "samples": 416, "epoch": 3.2, "why": "the loss is nan at update 13 (epoch 3.20)"}
+events += [{"event": "diverged", **why, "pid": os.getpid()}] if how == "diverge" else []
 with (folder / "metrics.jsonl").open("a") as file:
     file.writelines(json.dumps(event) + "\\n" for event in events)
-sys.exit({"finish": 0, "stop": 75, "lie": 0}[how])
+sys.exit({"finish": 0, "stop": 75, "lie": 0, "diverge": 2}[how])
 """
 
 
@@ -212,6 +214,52 @@ def test_what_has_finished_is_not_trained_again_and_a_failure_ends_nothing(capsy
     assert len(started()) == 6
 
 
+def test_a_run_that_diverged_has_ended_and_is_not_tried_again_unless_it_is_to_be_replaced(capsys, write_sweep, trainer):
+    path = write_sweep()
+    trainer["b/seed-1"] = "diverge"
+    assert cli.main(["sweep", str(path), "--jobs", "1"]) == FINISHED, "that is no failure"
+    output = capsys.readouterr().out
+    assert "diverged b/seed-1   at epoch 3.20   " in output and "   4 of 4 runs\n" in output
+    assert "3 of 4 runs have finished, 1 has diverged\n" in output and "--restart" in output
+    assert "failed" not in output and "exit code" not in output
+    assert {event["run"]: event["how"] for event in events(ENDED)}["b/seed-1"] == "diverged"
+
+    trainer.clear()
+    untouched = Path("runs/toy/b/seed-1/metrics.jsonl").read_bytes()
+    assert cli.main(["sweep", str(path), "--jobs", "1"]) == FINISHED
+    output = capsys.readouterr().out
+    listed = next(line.split() for line in output.splitlines() if line.startswith("b") and " 1 " in line)
+    assert listed[-4:] == ["diverged", "at", "epoch", "3.20"]
+    assert "4 runs: 3 finished, 1 diverged\n" in output and "3 of 4 runs have finished, 1 has diverged\n" in output
+    assert len(started()) == 4 and Path("runs/toy/b/seed-1/metrics.jsonl").read_bytes() == untouched
+
+    assert cli.main(["sweep", str(path), "--jobs", "1", "--restart"]) == FINISHED
+    output = capsys.readouterr().out
+    assert started()[4:] == ["b/seed-1"] and events(STARTED)[-1]["command"][-1] == "--fresh"
+    assert "4 of 4 runs have finished\n" in output and "1 has diverged" not in output
+
+
+def test_a_run_that_was_to_be_replaced_and_did_not_begin_has_failed(capsys, write_sweep, trainer):
+    """Its folder still tells of the divergence before: that is not what came of this try."""
+    path = write_sweep(seeds=[0])
+    trainer.update({"a/seed-0": "diverge", "b/seed-0": "fail"})
+    assert cli.main(["sweep", str(path), "--jobs", "1"]) == FAILED
+    assert "0 of 2 runs have finished, 1 has diverged\n" in capsys.readouterr().out
+    trainer.update({"a/seed-0": "mistake", "b/seed-0": "finish"})
+    assert cli.main(["sweep", str(path), "--jobs", "1", "--restart"]) == FAILED
+    assert "FAILED   a/seed-0   exit code 2" in capsys.readouterr().out
+    trainer["a/seed-0"] = "diverge"
+    assert cli.main(["sweep", str(path), "--jobs", "1", "--restart"]) == FINISHED
+    assert "diverged a/seed-0" in capsys.readouterr().out, "and once more, at the same epoch, is news"
+
+
+def test_a_run_that_diverged_does_not_hide_one_that_was_stopped(capsys, write_sweep, trainer):
+    path = write_sweep(seeds=[0])
+    trainer.update({"a/seed-0": "diverge", "b/seed-0": "stop"})
+    assert cli.main(["sweep", str(path), "--jobs", "1"]) == STOPPED
+    assert "0 of 2 runs have finished, 1 has diverged\n" in capsys.readouterr().out
+
+
 def test_a_run_that_was_stopped_is_no_failure(capsys, write_sweep, trainer):
     path = write_sweep(seeds=[0])
     trainer["a/seed-0"] = "stop"
@@ -281,7 +329,7 @@ def put(asked: plan.Plan, *kinds: str, **changes: Any) -> State:
     overrides = [f"{path.replace('__', '.')}={json.dumps(value)}" for path, value in changes.items()]
     resolved = config.load("tiny.json", ['recipe.run="run"', "recipe.seed=1", *overrides]).resolved()
     (folder / "config.resolved.json").write_text(json.dumps(resolved | {"gradient_accumulation_steps": 4}))
-    lines = [json.dumps({"event": kind, "train_samples": N}) for kind in kinds]
+    lines = [json.dumps({"event": kind, "train_samples": N, "samples": 416, "epoch": 3.2}) for kind in kinds]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     return state_of(folder, asked)
 
@@ -292,6 +340,9 @@ def test_the_states_of_a_run(asked):
     assert put(asked, "start") == State("begun", "to begin again: nothing was saved")
     assert put(asked, "start", "finished", "start").kind == "begun", "only the last process counts"
     assert put(asked, "start", "finished") == State("finished", "finished")
+    assert put(asked, "start", "diverged") == State("diverged", "diverged at epoch 3.20")
+    assert put(asked, "start", "diverged", "start").kind == "begun", "only the last process counts"
+    assert put(asked, "start", "diverged", optimizer__params__lr=0.5).kind == "differs"
     Path("run/checkpoints/step-9").mkdir(parents=True)
     assert put(asked, "start") == State("begun", "to resume at epoch 2.22 of 3")
 

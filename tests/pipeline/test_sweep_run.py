@@ -89,3 +89,42 @@ def test_killed_half_way_and_started_again_it_trains_what_is_missing(
     assert answer["rows"][0]["paper"]["error"] == 23.6
     for name in ("report.html", "figure-1.png", "figure-2.png"):
         assert (out / name).stat().st_size > 5_000, name
+
+
+def test_an_arm_that_diverges_has_ended_and_the_report_says_so(tiny_shards: Path, tmp_path: Path, capsys, monkeypatch):
+    """Its rate is absurd from the second epoch on, so that there is a save to go on from: nobody does."""
+    changes = {"recipe.epochs": 2, "recipe.checkpoint.every_epochs": 1, "scheduler.params.milestones": [1]}
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny_config(tiny_shards, Path("elsewhere"), **changes)))
+    arms = [
+        {"name": "sober", "paper": {"error": 23.6}},
+        {"name": "absurd", "set": {"train_batch_size": 16, "scheduler.params.gamma": 1e30}},
+    ]
+    figures = [{"kind": "curves"}, {"kind": "minibatch"}]
+    path, out = tmp_path / "toy.yaml", tmp_path / "runs"
+    path.write_text(json.dumps({"title": "A toy", "base": "tiny.json", "seeds": [0], "arms": arms, "figures": figures}))
+    words = ("sweep", path, "--out", out, "--jobs", "1", "--ranks", "1")
+
+    output = output_of(onehour(*words))
+    run = out / "absurd" / "seed-0"
+    end = read_metrics(run / "metrics.jsonl")[-1]
+    assert end["event"] == "diverged" and end["epoch"] > 1 and events(run / "metrics.jsonl", "checkpoint")
+    assert f"diverged absurd/seed-0   at epoch {end['epoch']:.2f}   " in output
+    assert "1 of 2 runs have finished, 1 has diverged" in output
+    log = run.with_name("seed-0.log").read_text()
+    assert "The training has diverged. Lower" in log and "continues from the last checkpoint" not in log
+    assert {event["run"]: event["how"] for event in events(out / LOG_FILE, ENDED)} == {
+        "sober/seed-0": "finished",
+        "absurd/seed-0": "diverged",
+    }
+    again = output_of(onehour(*words))
+    assert "2 runs: 1 finished, 1 diverged" in again and "started" not in again
+    assert len(events(out / LOG_FILE, STARTED)) == 2
+
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["report", str(path), "--runs", str(out), "--json"]) == 0
+    sober, absurd = json.loads(capsys.readouterr().out)["rows"]
+    assert sober["finished"] and sober["diverged"] == {}
+    assert absurd["diverged"] == {"absurd/seed-0": pytest.approx(end["epoch"])} and absurd["top1_error"] is None
+    for name in ("report.html", "figure-1.png", "figure-2.png"):
+        assert (out / name).stat().st_size > 5_000, name

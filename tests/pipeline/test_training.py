@@ -200,7 +200,10 @@ def test_a_run_that_diverges_stops_saves_nothing_of_it_and_says_what_to_try(writ
     assert done.returncode == 2, done.stdout + done.stderr
     assert what in done.stderr and "Lower optimizer.params.lr" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "finished" not in [event["event"] for event in read_metrics(run_of(path) / "metrics.jsonl")]
+    *_, reported, end = read_metrics(run_of(path) / "metrics.jsonl")
+    assert end["event"] == "diverged" and what in end["why"], "its record says how it ended"
+    assert (end["step"], end["samples"]) == (reported["step"], reported["step"] * KN)
+    assert end["epoch"] == pytest.approx(end["samples"] / TRAIN)
     for weights_file in run_of(path).glob("checkpoints/step-*/model.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(weights_file).values())
 

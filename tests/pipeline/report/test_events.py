@@ -123,3 +123,12 @@ def test_a_clock_that_was_set_back_gives_no_negative_times(tmp_path: Path) -> No
 def test_a_run_that_finished_and_was_started_again_did_not_stop(tmp_path: Path) -> None:
     late = {"event": "warning", "message": "the report could not be written"}
     assert "stopped" not in [line[0] for line in log(tmp_path, start(), train(10), FINISHED, late, start(1000))]
+
+
+def test_a_divergence_is_an_ending_and_says_why(tmp_path: Path) -> None:
+    end = {"event": "diverged", "step": 3, "samples": 300, "epoch": 0.3, "why": "the loss is nan at update 3"}
+    lines = log(tmp_path, start(), train(3), end)
+    assert lines[1:] == [("diverged", "the loss is nan at update 3", "")]
+    tried = log(tmp_path, start(), train(3), end, start(100), train(2), FINISHED)
+    assert ("stopped", "the process ended without finishing", "200 images after the checkpoint are done again") in tried
+    assert tried[1] == lines[1] and tried[-1][0] == "finished"

@@ -53,8 +53,19 @@ def sweep(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def train(path: Path, arm: str, errors: dict[int, list[float]], *, finished: bool = True, **other: Any) -> None:
-    """The record of a run for each seed, with one evaluation per epoch, and training errors that are 1 point more."""
+def train(
+    path: Path,
+    arm: str,
+    errors: dict[int, list[float]],
+    *,
+    finished: bool = True,
+    diverged: bool = False,
+    **other: Any,
+) -> None:
+    """The record of a run for each seed, with one evaluation per epoch, and training errors that are 1 point more.
+
+    Where it diverged, that is a fifth of an epoch after the last.
+    """
     for run in sweep_file.load(path).runs(path.parent / "runs"):
         if run.arm.name != arm or run.seed not in errors:
             continue
@@ -73,7 +84,12 @@ def train(path: Path, arm: str, errors: dict[int, list[float]], *, finished: boo
                 at = {"samples": 1000 * epoch, "epoch": epoch}
                 record.write("epoch", **at, loss=1.0, top1=100 - error - 1)
                 record.write("evaluation", **at, top1=100 - error, images=500)
-            if finished:
+            epochs = len(errors[run.seed]) + 0.2
+            if diverged:
+                record.write(
+                    "diverged", step=9, samples=1000 * epochs, epoch=epochs, why=f"the loss is nan (epoch {epochs:.2f})"
+                )
+            elif finished:
                 record.write("finished", samples=1000 * len(errors[run.seed]), seconds=60.0)
 
 
@@ -174,6 +190,71 @@ def test_what_is_missing_unfinished_failed_or_of_another_training_is_named(sweep
     assert "not a line of a run's record" in out and "config.resolved.json: there is no such configuration file" in out
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_an_arm_of_which_a_seed_diverged_has_no_error_and_names_the_survivors_as_such(sweep, tmp_path, capsys):
+    path = sweep()
+    train(path, "none", {0: NONE[0]})
+    train(path, "none", {1: NONE[1][:3], 2: NONE[2][:1]}, diverged=True)
+    train(path, "kn-256", BASELINE)
+    train(path, "kn-64", {0: NONE[0][:3], 1: NONE[1][:2]}, diverged=True)
+    with MetricsWriter(tmp_path / "runs" / LOG_FILE) as record:  # as a sweep took it before records told of it
+        record.write(ENDED, run="none/seed-1", how="failed", code=2, last=["x"])
+    none, _, small = json.loads(answer(capsys, path, "--runs", tmp_path / "runs", "--json"))["rows"]
+    for row in (none, small):
+        unknown = ("top1_error", "top1_accuracy", "std", "difference", "difference_95", "ours_minus_paper")
+        assert {key: row[key] for key in unknown} == dict.fromkeys(unknown)
+        assert row["medians"] == row["evaluations_used"] == [] and row["finished"] is False
+    assert none["diverged"] == {"none/seed-1": 3.2, "none/seed-2": 1.2}
+    assert none["survivors"] == {"runs": ["none/seed-0"], "error": pytest.approx(24.0), "std": None}
+    assert none["seeds"] == [0, 1, 2]
+    assert small["diverged"] == {"kn-64/seed-0": 3.2, "kn-64/seed-1": 2.2} and small["survivors"] is None
+    assert none["remarks"][:2] == [
+        "none/seed-1 diverged: the loss is nan (epoch 3.20).",
+        "none/seed-2 diverged: the loss is nan (epoch 1.20).",
+    ]
+    assert not any("failed" in remark or "has not finished" in remark for remark in none["remarks"])
+    assert small["remarks"][-1] == "kn-64: seed-2 has not been trained."
+
+    table = answer(capsys, path, "--runs", tmp_path / "runs", "--markdown")
+    assert (
+        "| none | 8,192 | 3.2 | 0–2 | diverges (2 of 3 seeds) (the others: 24.00) | – | 24.84 ± 0.37 | +1.24 | – |"
+        in table
+    )
+    assert "| kn-64 | 64 | 0.025 | 0, 1 | diverges (2 of 2 seeds) | – |" in table
+    out = answer(capsys, path, "--runs", tmp_path / "runs")
+    said = "none: diverges (2 of 3 seeds), at epoch 3.20, 1.20. The one that finished has error 24.00 %, which is not"
+    assert said in out and "kn-64: diverges (2 of 2 seeds), at epoch 3.20, 2.20.\n" in out
+    page = text_of(tmp_path / "runs" / "report.html")
+    assert said in page and "diverges (2 of 3 seeds) the others: 24.00" in page
+    assert "none/seed-2 · diverged" in page and "unfinished" not in page
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_nothing_is_compared_with_a_baseline_that_diverged(sweep, tmp_path, capsys):
+    path = sweep(seeds=[0])
+    train(path, "none", {0: NONE[0]})
+    train(path, "kn-256", {0: BASELINE[0][:2]}, diverged=True)
+    out = answer(capsys, path, "--runs", tmp_path / "runs")
+    assert "none: no answer, because kn-256 diverges." in out
+    none, baseline, _ = json.loads(answer(capsys, path, "--runs", tmp_path / "runs", "--json"))["rows"]
+    assert none["difference"] is None and none["top1_error"] == pytest.approx(24.0)
+    assert baseline["seconds"] is None and baseline["diverged"] == {"kn-256/seed-0": 2.2}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_arm_of_which_a_seed_diverged_while_another_goes_on_is_unfinished(sweep, tmp_path):
+    path = sweep()
+    train(path, "none", {0: NONE[0][:3]}, diverged=True)
+    train(path, "none", {1: NONE[1][:4]}, finished=False)
+    with MetricsWriter(tmp_path / "runs" / LOG_FILE) as record:
+        for run in ("none/seed-0", "none/seed-1"):
+            record.write(ENDED, run=run, how="failed", code=2, last=["x"])
+    none = rows_of(sweep_file.load(path), tmp_path / "runs")[0][0]
+    assert none.notes == ("none/seed-1 failed with exit code 2. “x”", "none: seed-2 has not been trained.")
+    assert (none.state, none.error, none.survivors) == ("unfinished", None, None)
+    assert list(none.diverged) == ["none/seed-0"] and list(none.counted) == ["none/seed-1"]
+
+
 def test_the_page_has_the_title_the_figures_and_the_runs(sweep, tmp_path, capsys):
     path = sweep()
     train(path, "none", NONE)
@@ -268,6 +349,64 @@ def test_curves_show_the_baseline_and_one_arm_in_each_panel(sweep, tmp_path, dra
     (axes,) = drawn[1].axes
     assert [line.get_linestyle() for line in axes.get_lines()] == ["-", ":", "-", ":"]
     np.testing.assert_allclose(axes.get_lines()[3].get_ydata(), trained.mean(0) - 1)
+
+
+def legend_of(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_legends_give_no_error_of_what_has_not_finished_or_diverged(sweep, tmp_path, drawn):
+    path = sweep(figures=[{"kind": "curves", "validation": True}])
+    train(path, "none", {0: NONE[0]})
+    train(path, "none", {1: NONE[1][:4], 2: NONE[2][:3]}, diverged=True)
+    train(path, "kn-256", BASELINE)
+    train(path, "kn-64", {0: NONE[0][:4]}, finished=False)
+    read(path, tmp_path / "runs")
+    diverging, unfinished = drawn[0].axes
+    assert legend_of(diverging) == ["kn = 256, η = 0.1   23.20 ± 0.20 %", "kn = 8k, η = 3.2   diverges (2 of 3 seeds)"]
+    assert legend_of(unfinished)[1] == "kn = 64, η = 0.025   (unfinished)"
+    # the baseline's two, then the survivor and each that diverged: training error, and validation error
+    lengths = [len(line.get_xdata()) for line in diverging.get_lines()]
+    assert lengths == [6, 6, 7, 4, 3, 7, 4, 3]
+
+
+def test_the_curves_of_an_arm_that_diverged_with_all_seeds_are_there_and_named_once(sweep, tmp_path, drawn):
+    path = sweep(figures=[{"kind": "curves", "arms": ["none"]}])
+    train(path, "none", {0: NONE[0][:5], 1: NONE[1][:4]}, diverged=True)
+    read(path, tmp_path / "runs")
+    (axes,) = drawn[0].axes
+    assert [len(line.get_xdata()) for line in axes.get_lines()] == [5, 4]
+    assert legend_of(axes) == ["kn = 8k, η = 3.2   diverges (2 of 2 seeds)"]
+
+
+def test_the_minibatch_figure_has_finished_arms_alone_and_a_cross_where_an_arm_diverged(sweep, tmp_path, drawn):
+    path = sweep(figures=[{"kind": "minibatch"}])
+    train(path, "none", {0: NONE[0]})
+    train(path, "none", {1: NONE[1][:4]}, diverged=True)
+    train(path, "kn-256", BASELINE)
+    train(path, "kn-64", {0: NONE[0]}, finished=False)
+    picture = read(path, tmp_path / "runs").figures[0]
+    (axes,) = drawn[0].axes
+    ours, papers = (container.lines[0].get_xydata() for container in axes.containers)
+    np.testing.assert_allclose(ours, [[256, 23.2]])
+    assert len(papers) == 2
+    (cross,) = [line for line in axes.get_lines() if line.get_marker() == "x"]
+    edge = axes.transAxes.transform((0, 1))[1]
+    shown = cross.get_transform().transform(cross.get_xydata())
+    np.testing.assert_allclose(shown, [[axes.transData.transform((8192, 30))[0], edge]])
+    assert [text.get_text() for text in axes.texts] == ["1 of 2"] and "diverges" in legend_of(axes)
+    assert axes.get_ylim()[1] < 30, "a cross does not move the errors' axis"
+    assert "Crosses at the upper edge" in picture.caption
+    assert sorted(axes.get_xticks()) == [256, 8192]
+
+
+def test_a_minibatch_figure_of_which_every_arm_diverged(sweep, tmp_path, drawn):
+    path = sweep(figures=[{"kind": "minibatch"}], paper_task="another net")
+    train(path, "none", {0: NONE[0][:2]}, diverged=True)
+    read(path, tmp_path / "runs")
+    left, _ = drawn[0].axes
+    assert left.get_ylim() == (0, 100) and [text.get_text() for text in left.texts] == ["1 of 1"]
+    assert list(left.get_xticks()) == [8192]
 
 
 def bars(axes: Any) -> list[np.ndarray]:
