@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.divergence import not_finite, overflowed
 from pipeline.engine import Engine, World
 from pipeline.metrics import Event, read_metrics
 from pipeline.overflow import OverflowCounter, Overflows
+from pipeline.saves import checkpoints_folder
 from tests.conftest import fork_ranks
 from tests.pipeline.test_engine import make_plan, micro_batch, network
 from tests.training import ENVIRONMENT, onehour, output_of, run_of
@@ -228,6 +230,28 @@ def test_an_update_that_may_overflow_waits_for_nothing_where_the_optimizer_is_fu
     assert plain == [1] * 6
 
 
+# ---------------------------------------------------------------- what is said
+
+
+def test_a_checkpoint_is_spoken_of_only_where_there_is_one(tmp_path: Path):
+    resolved = make_plan(tmp_path / "c.json", 1, **{"fp16.enabled": True})
+    folder = checkpoints_folder(resolved.config.run_folder)
+
+    def said() -> list[str]:
+        numbers = {"step": 60, "samples": 1920, "none_applied": False, "loss_scale": 1.0}
+        return [str(overflowed(resolved, 50, **numbers)), str(not_finite(resolved, "the loss is nan", 1920))]
+
+    for message in said():
+        assert f"No checkpoint had been saved by then: there is none in {folder}" in message
+        assert "last checkpoint" not in message
+    for step in (4, 41, 7):
+        (folder / f"step-{step}").mkdir(parents=True)
+    (folder / ".step-50.writing").mkdir()
+    for message in said():
+        assert f"The last checkpoint was saved before: {folder / 'step-41'}" in message
+        assert "No checkpoint" not in message
+
+
 # ---------------------------------------------------------------- whole runs
 
 SHORT_UPDATES = {"train_batch_size": 16, "recipe.epochs": 1, "recipe.logging.every_steps": 3}
@@ -304,6 +328,6 @@ def test_a_storm_in_mid_run_is_said_to_be_a_divergence(write_config: Callable[..
         "Lower optimizer.params.lr",
         '"initial_scale_power": 8',
         'torch_autocast.dtype "bfloat16"',
-        "checkpoint",
+        "No checkpoint had been saved by then",
     ):
         assert mend in done.stderr
