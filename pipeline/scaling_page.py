@@ -13,10 +13,11 @@ from pathlib import Path
 from pipeline import batch as batch_sizes
 from pipeline import scaling_paper
 from pipeline.batch import Batch
+from pipeline.buckets import BUCKET_BYTES
 from pipeline.config import Config
 from pipeline.plan import Plan
 from pipeline.record import RunRecord
-from pipeline.scaling import BUCKET_BYTES, Bucket, Cluster, Gradient, Link, Step, make_buckets, predict
+from pipeline.scaling import Bucket, Cluster, Gradient, Link, Step, make_buckets, predict
 from pipeline.scaling_paper import GBIT
 from pipeline.scaling_text import Found, as_json, as_text
 from pipeline.schema import Model
