@@ -12,6 +12,7 @@ one rank each at the same time, which talk to nobody. The efficiency is then
 All processes live from the beginning to the end and wait in between. Every turn begins with an update that is not
 timed, in which loaders catch up and ranks meet. Processor time that other processes took is measured: a round in which
 they took more than 3 % of both cores is not counted but repeated, until there are three times as many as asked for.
+Each round that ends is a line on stderr.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ QUIET = 0.03
 """Of both cores: a round in which other processes took more is not counted."""
 FEWEST = 3
 """Quiet rounds; with fewer of them all rounds are shown, and said to be disturbed."""
+MOST = 3
+"""Times as many rounds as quiet ones are asked for, and then no more."""
 
 Round = dict[str, Turn]
 """A turn of each arm, one after the other."""
@@ -47,10 +50,33 @@ def quiet(turns: Round) -> bool:
     return max(turn.others for turn in turns.values()) <= QUIET
 
 
+def efficiencies(rounds: list[Round], arm: str) -> list[float]:
+    """Of an arm, in each round against the one rank alone of that round."""
+    return [turns[arm].rate / (2 * turns["one"].rate) for turns in rounds]
+
+
+def progress(rounds: list[Round], wanted: int) -> str:
+    """A line on the round that has ended.
+
+    Args:
+        rounds: so far; none where what has ended was the warm-up.
+        wanted: quiet ones.
+    """
+    if not rounds:
+        return "warmed up"
+    counted = list(filter(quiet, rounds))
+    state = "quiet" if quiet(rounds[-1]) else "disturbed"
+    so_far = f"{statistics.median(efficiencies(counted, 'two')):.3f}" if counted else "–"
+    return (
+        f"round {len(rounds)} of at most {MOST * wanted}, {state} · {len(counted)} of {wanted} quiet ones · "
+        f"efficiency so far {so_far}"
+    )
+
+
 def show(rounds: list[Round]) -> None:
     """Print medians of all turns, efficiencies as medians over rounds, and which part costs what."""
     turns = {arm: [one[arm] for one in rounds] for arm in ARMS}
-    ratios = {arm: [t.rate / (2 * one.rate) for t, one in zip(turns[arm], turns["one"], strict=True)] for arm in turns}
+    ratios = {arm: efficiencies(rounds, arm) for arm in ARMS}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
     for heading in ("images/s", "s/update", "compute", "communication", "data wait", "efficiency", "lowest – highest"):
@@ -101,10 +127,11 @@ def main() -> None:
             sys.exit(str(error))
         config = write_config(Path(folder), data, model=args.model, images=args.images, size=args.size)
         ranks = Ranks(cores, config)
-        for number in range(-1, 3 * args.rounds):  # the first allocates and warms up
+        for number in range(-1, MOST * args.rounds):  # the first allocates and warms up
             order = sorted(ARMS, key=list(ARMS).index, reverse=number % 2 == 1)
             turns = {arm: ranks.turn(arm, args.updates, args.images) for arm in order}
             rounds += [turns] if number >= 0 else []
+            print(progress(rounds, args.rounds), file=sys.stderr, flush=True)
             if sum(map(quiet, rounds)) == args.rounds:
                 break
         ranks.close()

@@ -38,9 +38,12 @@ class LogicalWorkerStatistics:
     Args:
         model: its BN layers; a layer without momentum (a cumulative average) is left alone.
         accumulation: g, forward passes per update.
+        keep_finite: put back what an update leaves that is not finite, as where a float16 activation overflowed; the
+            optimizer is kept from such an update. Ghost batches see to it themselves.
     """
 
-    def __init__(self, model: nn.Module, accumulation: int) -> None:
+    def __init__(self, model: nn.Module, accumulation: int, *, keep_finite: bool = False) -> None:
+        self._kept_finite = _running_statistics(model) if keep_finite else []
         self._layers: list[tuple[_BatchNorm, float]] = []
         shares: dict[int, tuple[torch.Tensor, float]] = {}
         for layer in batch_norms(model):
@@ -55,7 +58,8 @@ class LogicalWorkerStatistics:
     def update(self) -> Iterator[None]:
         """Around one update: call `micro_step` before each forward pass; the layers' momentum is put back after."""
         try:
-            yield
+            with _kept_finite(self._kept_finite):
+                yield
         finally:
             for layer, momentum in self._layers:
                 layer.momentum = momentum
@@ -84,6 +88,35 @@ class LogicalWorkerStatistics:
             layer.momentum = momentum / (g - (g - i) * momentum)
         for share, momentum in self._shares:
             share.fill_(momentum / (g - (g - i) * momentum))
+
+
+@contextmanager
+def _kept_finite(statistics: list[torch.Tensor]) -> Iterator[None]:
+    """Around forward passes: a statistic that is not finite after them is put back, and no other. Waits for nothing.
+
+    Args:
+        statistics: which the passes change in place; all on one device.
+    """
+    if not statistics:
+        yield
+        return
+    before = torch.cat([each.flatten() for each in statistics])
+    yield
+    with torch.no_grad():  # in a few kernels, however many layers there are
+        after = torch.cat([each.flatten() for each in statistics])
+        kept = torch.where(torch.isfinite(after), after, before).split([each.numel() for each in statistics])
+        torch._foreach_copy_(statistics, [part.view_as(each) for part, each in zip(kept, statistics, strict=True)])
+
+
+def _running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """Those that are moved by every pass, finite or not: of torch's BN layers, and of others that keep some."""
+    return [
+        buffer
+        for module in model.modules()
+        if not isinstance(module, _GroupNormaliser)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.startswith("running_")
+    ]
 
 
 def average_statistics(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config import Config
 from pipeline.plan import Plan
-from pipeline.saves import checkpoints_folder
+from pipeline.saves import checkpoints_folder, in_order_of_use
 from shards.errors import UserError
 
 
@@ -87,4 +87,9 @@ def _bfloat16(config: Config) -> str:
 
 
 def _saved(plan: Plan) -> str:
-    return f"The last checkpoint was saved before: {checkpoints_folder(plan.config.run_folder)}"
+    """Of the present moment: a save that is still being written is none yet."""
+    folder = plan.config.run_folder
+    saved = in_order_of_use(folder)
+    if not saved:
+        return f"No checkpoint had been saved by then: there is none in {checkpoints_folder(folder)}"
+    return f"The last checkpoint was saved before: {saved[0]}"

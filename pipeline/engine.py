@@ -223,7 +223,9 @@ class Engine:
         self._normalise = Normalise(recipe.transform.mean, recipe.transform.std).to(world.device)
         if plan.batch.together > 1 or recipe.step.compile:
             make_ghosts(self.model, plan.batch.together)
-        self._statistics = LogicalWorkerStatistics(self.model, plan.batch.passes)
+        self._statistics = LogicalWorkerStatistics(
+            self.model, plan.batch.passes, keep_finite=plan.config.precision == "float16"
+        )
         self._frozen_norms = frozen_norms(self.model)
         self._averager = (
             GradientAverager(self.model.parameters()) if plan.averages_gradients and world.size > 1 else None

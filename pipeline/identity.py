@@ -11,6 +11,7 @@ from shards.fetch import mask
 NOT_TRAINING = (
     "recipe.seed",
     "recipe.run",
+    "recipe.cache.folder",  # and not its size, which the order may depend on
     "recipe.loader",
     "recipe.logging",
     "recipe.checkpoint",
@@ -21,6 +22,14 @@ NOT_TRAINING = (
     "csv_monitor",
     "wandb",
     "comet",
+    "comms_logger",
+    "flops_profiler",
+    "timers",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "log_level",
+    "disable_python_gc",
 )
 """Paths of a configuration that leave the training the same but for its seed."""
 
@@ -56,7 +65,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         f"{path} is {_shown(ours.get(path, ABSENT))}, not {_shown(theirs.get(path, ABSENT))}"
         for path in paths
         if (changes_training(path) or path == "recipe.seed")
-        and path not in ("recipe.data", "recipe.cache.folder")
+        and path != "recipe.data"
         and ours.get(path, ABSENT) != theirs.get(path, ABSENT)
     ]
 

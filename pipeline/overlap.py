@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-BUCKET_BYTES = 8 * 2**20
-"""Small enough for little to be left when the backward pass ends, and large enough for its latency not to matter."""
+from pipeline.buckets import BUCKET_BYTES, divide
 
 
 class _Bucket:
@@ -57,10 +56,15 @@ class GradientAverager:
     def __init__(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
         self._world_size = dist.get_world_size()
         trained = [parameter for parameter in parameters if parameter.requires_grad and parameter.numel()]
-        self.buckets = [_Bucket(chosen) for chosen in _divide(trained[::-1], bucket_bytes)]
+        parts = divide(
+            trained[::-1],
+            bucket_bytes,
+            size=lambda parameter: parameter.numel() * parameter.element_size(),
+            kind=lambda parameter: (parameter.dtype, parameter.device),
+        )
+        self.buckets = [_Bucket(part) for part in parts]
         self._next = len(self.buckets)  # to be sent: in one order on all ranks, whatever is ready first
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waiting = _Stopwatch(trained[0].device if trained else torch.device("cpu"))
         for bucket in self.buckets:
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(_counter(self, bucket))
@@ -77,8 +81,7 @@ class GradientAverager:
     def finish(self) -> None:
         """After the last: when this returns, or on a GPU when its stream is so far, the gradients are the averages."""
         self._send(all_of_them=True)  # of parameters that had no part in the loss there was no sign
-        device = self.buckets[0].memory.device if self.buckets else torch.device("cpu")
-        with _Stopwatch(self, device):
+        with self._waiting:
             for bucket in self.buckets:
                 assert bucket.work is not None
                 bucket.work.wait()
@@ -90,10 +93,7 @@ class GradientAverager:
 
         On a GPU, whose work must be waited for before.
         """
-        self._seconds += sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
-        self._events.clear()
-        waited, self._seconds = self._seconds, 0.0
-        return waited
+        return self._waiting.take()
 
     def _count(self, bucket: _Bucket) -> None:
         """A gradient of the bucket has come."""
@@ -109,11 +109,16 @@ class GradientAverager:
 
 
 class _Stopwatch:
-    """Around what waits for gradients: on a GPU it is the stream that waits, and the time is known later."""
+    """Around what waits for gradients: on a GPU it is the stream that waits, and the time is known later.
 
-    def __init__(self, averager: GradientAverager, device: torch.device) -> None:
-        self._averager = averager
+    Args:
+        device: that the gradients are on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
@@ -125,9 +130,16 @@ class _Stopwatch:
         if self._cuda:
             ended = torch.cuda.Event(enable_timing=True)
             ended.record()
-            self._averager._events.append((self._event, ended))
+            self._events.append((self._event, ended))
         else:
-            self._averager._seconds += time.perf_counter() - self._began
+            self._seconds += time.perf_counter() - self._began
+
+    def take(self) -> float:
+        """Seconds since the last call. The work of a GPU must have been waited for."""
+        seconds = self._seconds + sum(began.elapsed_time(ended) for began, ended in self._events) / 1000
+        self._seconds = 0.0
+        self._events.clear()
+        return seconds
 
 
 def _counter(averager: GradientAverager, bucket: _Bucket):
@@ -140,18 +152,3 @@ def _shaped_as(parameter: nn.Parameter, memory: torch.Tensor) -> torch.Tensor:
     if dense == parameter.numel():  # channels_last is: the gradient comes in the same order, and need not be turned
         return memory.as_strided(parameter.shape, parameter.stride())
     return memory.view(parameter.shape)
-
-
-def _divide(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Neighbours of one type on one device, up to a number of bytes."""
-    parts: list[list[nn.Parameter]] = []
-    room = 0
-    for parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
-        like = parts and (parts[-1][0].dtype, parts[-1][0].device) == (parameter.dtype, parameter.device)
-        if not like or size > room:
-            parts.append([])
-            room = bucket_bytes
-        parts[-1].append(parameter)
-        room -= size
-    return parts

@@ -26,9 +26,7 @@ from itertools import groupby
 from typing import Literal
 
 from pipeline.batch import Batch
-
-BUCKET_BYTES = 8 * 2**20
-"""Of a bucket of `pipeline.overlap`."""
+from pipeline.buckets import BUCKET_BYTES, divide
 
 Algorithm = Literal["halving-doubling", "ring"]
 
@@ -128,21 +126,15 @@ def make_buckets(gradients: Sequence[Gradient], bucket_bytes: int = BUCKET_BYTES
 
     Args:
         gradients: in the order of the model's parameters; backward makes them in about the reverse.
-        bucket_bytes: a bucket is closed before it would grow beyond this, as in `pipeline.overlap`; a larger gradient
-            has one of its own. 0 sends at once what is ready together, which is a layer.
+        bucket_bytes: of a bucket (`buckets.divide`). 0 sends at once what is ready together, which is a layer.
     """
     backwards = gradients[::-1]
     if not bucket_bytes:
         ready = [(share, list(alike)) for share, alike in groupby(backwards, key=lambda gradient: gradient.ready)]
         return [Bucket(sum(gradient.bytes for gradient in alike), share) for share, alike in ready]
-    buckets: list[list[Gradient]] = [[]]
-    for gradient in backwards:
-        if buckets[-1] and sum(other.bytes for other in buckets[-1]) + gradient.bytes > bucket_bytes:
-            buckets.append([])
-        buckets[-1].append(gradient)
     return [
         Bucket(sum(gradient.bytes for gradient in bucket), max(gradient.ready for gradient in bucket))
-        for bucket in buckets
+        for bucket in divide(backwards, bucket_bytes, size=lambda gradient: gradient.bytes)
     ]
 
 

@@ -11,12 +11,13 @@ from functools import cache
 from pathlib import Path
 
 from pipeline import batch as batch_sizes
-from pipeline import scaling_paper
+from pipeline import cost, scaling_paper
 from pipeline.batch import Batch
+from pipeline.buckets import BUCKET_BYTES
 from pipeline.config import Config
 from pipeline.plan import Plan
 from pipeline.record import RunRecord
-from pipeline.scaling import BUCKET_BYTES, Bucket, Cluster, Gradient, Link, Step, make_buckets, predict
+from pipeline.scaling import Bucket, Cluster, Gradient, Link, Step, make_buckets, predict
 from pipeline.scaling_paper import GBIT
 from pipeline.scaling_text import Found, as_json, as_text
 from pipeline.schema import Model
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace, plan: Plan, classes: int, local_ranks: range |
     recipe = plan.config.recipe
     counts = world_sizes(plan.config, args.up_to, _ranks_per_host(args, local_ranks))
     cluster, assumed = _cluster(args, local_ranks)
-    seconds, measured = _measured(args, plan)
+    seconds, measured, warnings = _measured(args, plan)
 
     from pipeline import backward, model  # both bring torch, which the mistakes above can do without
 
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace, plan: Plan, classes: int, local_ranks: range |
         plan,
         step,
         measured,
+        warnings,
         buckets,
         sent,
         cluster,
@@ -180,16 +182,17 @@ def _buckets(args: argparse.Namespace, plan: Plan, gradients: Sequence[Gradient]
     return buckets, "sent as soon as backward has made " + ("them" if len(buckets) > 1 else "it")
 
 
-def _measured(args: argparse.Namespace, plan: Plan) -> tuple[float, str]:
-    """Seconds of one micro-batch on a rank that talks to nobody, and where they are from."""
+def _measured(args: argparse.Namespace, plan: Plan) -> tuple[float, str, list[str]]:
+    """Seconds of one micro-batch on a rank that talks to nobody, where they are from, and why they may be others."""
     if (args.step_seconds is None) == (args.from_run is None):
         raise UserError(
             "--scaling starts from a step that was measured: give --step-seconds S or --from RUN, one of them",
             "S is the time of one micro-batch on one rank. A short run measures it: onehour train CONFIG --ranks 1.",
         )
     if args.step_seconds is not None:
-        return args.step_seconds, "--step-seconds"
-    return measured_by(RunRecord.read(args.from_run), plan)
+        return args.step_seconds, "--step-seconds", []
+    record = RunRecord.read(args.from_run)
+    return *measured_by(record, plan), cost.warnings(record, plan.config)
 
 
 def measured_by(record: RunRecord, plan: Plan) -> tuple[float, str]:
@@ -199,7 +202,7 @@ def measured_by(record: RunRecord, plan: Plan) -> tuple[float, str]:
         UserError: the run trained something else, has too few reports, or did not record its shares.
     """
     start, expected = record.start, plan.summary()
-    for name in ("model", "micro_batch", "precision"):
+    for name in (*cost.FACTS, "micro_batch"):
         if start.get(name) != expected[name]:
             raise UserError(
                 f"--from {record.folder}: its {name} was {start.get(name)}, the configuration's is {expected[name]}",
@@ -219,7 +222,8 @@ def measured_by(record: RunRecord, plan: Plan) -> tuple[float, str]:
         if share is not None
     ]
     ranks = start["world_size"]
-    where = f"{record.folder}, {ranks} rank{'s' * (ranks != 1)}, median of {len(seconds)} reports"
+    on = f" on {device}" if (device := cost.device(record)) else ""
+    where = f"{record.folder}, {ranks} rank{'s' * (ranks != 1)}{on}, median of {len(seconds)} reports"
     return statistics.median(seconds), where
 
 

@@ -23,6 +23,7 @@ class Found:
     Attributes:
         plan: of some number of ranks.
         step: of one micro-batch, and `measured` where it is from.
+        warnings: why the configuration's step may take another time than the one that was measured, a sentence each.
         buckets: of gradients, and when they are `sent`, in words.
         cluster: the links, and `assumed` which options of it nobody gave.
         predictions: in ascending order of ranks.
@@ -34,6 +35,7 @@ class Found:
     plan: Plan
     step: Step
     measured: str
+    warnings: list[str]
     buckets: list[Bucket]
     sent: str
     cluster: Cluster
@@ -57,6 +59,7 @@ def as_json(found: Found) -> str:
         "step_seconds": found.step.seconds,
         "backward_seconds": found.step.backward,
         "measured": found.measured,
+        "warnings": found.warnings,
         "gradient_bytes": sum(bucket.bytes for bucket in found.buckets),
         "buckets": len(found.buckets),
         "sent": found.sent,
@@ -144,6 +147,7 @@ def _rows(found: Found) -> list[tuple[str, str]]:
             "backward, by operations",
         ),
         ("", f"from {found.measured}"),
+        *_warnings(found),
         ("gradients", f"{size:.1f} MB in fp32 · {buckets}, {found.sent}"),
         (
             "links",
@@ -153,6 +157,13 @@ def _rows(found: Found) -> list[tuple[str, str]]:
         ),
         ("straggler", f"σ = {1e3 * cluster.straggler:g} ms{given('straggler_ms')} of a rank's time for an update"),
     ]
+
+
+def _warnings(found: Found) -> list[tuple[str, str]]:
+    if not found.warnings:
+        return []
+    headline = "the run is not known to be of this configuration; an image may have cost something else in it:"
+    return [("warning", headline), *(("", sentence) for sentence in found.warnings)]
 
 
 def _predictions(found: Found) -> str:

@@ -40,6 +40,15 @@ def test_a_round_is_quiet_where_all_of_its_turns_are():
     assert not weak_scaling.quiet(one_round(10, 19, 18, others=0.2))
 
 
+def test_a_round_that_has_ended_is_a_line():
+    disturbed, quiet = one_round(10, 19, 10, others=0.2), one_round(10, 19, 18)
+    assert weak_scaling.progress([], 3) == "warmed up"
+    said = weak_scaling.progress([disturbed], 3)
+    assert said == "round 1 of at most 9, disturbed · 0 of 3 quiet ones · efficiency so far –"
+    said = weak_scaling.progress([disturbed, quiet, one_round(10, 19, 16)], 3)
+    assert said == "round 3 of at most 9, quiet · 2 of 3 quiet ones · efficiency so far 0.850"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_real_ranks_take_turns():
@@ -52,7 +61,9 @@ def test_real_ranks_take_turns():
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    (first, *_) = json.loads(done.stdout)
+    (first, *others) = json.loads(done.stdout)
+    said = [line.partition(",")[0] for line in done.stderr.splitlines() if line.startswith(("warmed up", "round "))]
+    assert said == ["warmed up", *(f"round {number} of at most 3" for number in range(1, len(others) + 2))]
     assert list(first) in (["one", "control", "two"], ["two", "control", "one"])
     assert first["one"]["rate"] == pytest.approx(4 / first["one"]["seconds"])
     assert first["two"]["rate"] == pytest.approx(8 / first["two"]["seconds"])

@@ -8,23 +8,19 @@ paper's Figures 7 and 8. Strong scaling: the same minibatch on more ranks. Eithe
 
 from __future__ import annotations
 
-import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pipeline.cost import same_work
 from pipeline.metrics import Event, is_number
 from pipeline.record import RunRecord
 from pipeline.report import text
 
 SHARES = {"compute": "compute", "communication": "communication", "data_wait": "data wait"}
 """Fields of the record, and what they are called."""
-
-_SAME_WORK = ("model", "transform", "mixing", "step")
-"""Sections of the recipe that decide what an image costs."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ def find_scalings(records: Sequence[RunRecord]) -> list[Scaling]:
             continue
         per_rank = f"{text.count(micro)} micro-batch × {text.count(accumulation)} accumulation on every rank"
         for kind, what in (("weak", per_rank), ("strong", f"{text.count(kn)} images per update")):
-            groups.setdefault((kind, what, _work(record)), []).append(record)
+            groups.setdefault((kind, what, same_work(record)), []).append(record)
     found = [
         Scaling(kind, what, _sizes(runs))
         for (kind, what, _), runs in groups.items()
@@ -149,14 +145,3 @@ def _steady(record: RunRecord) -> tuple[str, list[Event]]:
         for events in (record.epochs, record.train)
     )
     return ("epoch", epochs) if epochs else ("report", reports)
-
-
-def _work(record: RunRecord) -> str:
-    """Equal for two runs where an image costs the same."""
-    facts = [record.start.get("model"), record.start.get("precision")]
-    device = re.sub(r"^\d+ × ", "", str(record.start.get("device")))
-    try:
-        recipe = json.loads((record.folder / "config.resolved.json").read_text("utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError):  # a run copied without it: what it recorded decides
-        recipe = {}
-    return json.dumps([*facts, device, *(recipe.get(section) for section in _SAME_WORK)], sort_keys=True)

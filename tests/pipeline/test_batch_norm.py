@@ -158,6 +158,50 @@ def test_an_overflow_in_one_channel_leaves_the_running_statistics_alone_and_no_o
     assert (layer.running_mean[2], layer.running_var[2]) == (0, 1), "as they were"
 
 
+class KeepsStatistics(nn.Module):
+    """Not one of torch's BN layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.running_var += 0.1 * (images.var((0, 2, 3)) - self.running_var)
+        return images
+
+
+@pytest.mark.parametrize("overflowing", [None, 0, 1, 2])
+@pytest.mark.parametrize("keep_finite", [True, False])
+def test_stock_layers_get_back_what_an_overflow_made_of_their_statistics_and_keep_the_rest(keep_finite, overflowing):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None), KeepsStatistics(), nn.BatchNorm2d(3))
+    first, second = torch.randn(2, 3, 8, 3, 5, 5)
+
+    def update(model: nn.Module, statistics: LogicalWorkerStatistics, passes: torch.Tensor) -> dict[str, torch.Tensor]:
+        with statistics.update():
+            for index, images in enumerate(passes):
+                statistics.micro_step(index)
+                model(images)
+        return {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+
+    plain = deepcopy(model)
+    unguarded = LogicalWorkerStatistics(plain, 3)
+    update(plain, unguarded, first)
+    expected = update(plain, unguarded, second)
+    guarded = LogicalWorkerStatistics(model, 3, keep_finite=keep_finite)
+    before = update(model, guarded, first)
+    if overflowing is not None:
+        second[overflowing, 1, 1, 0, 0] = torch.inf  # an image of one pass, in channel 1
+    after = update(model, guarded, second)
+    assert len(after) == 7
+    for name, found in after.items():
+        assert torch.equal(found[::2], expected[name][::2]), name
+        if overflowing is None:
+            assert torch.equal(found, expected[name]), name
+        else:
+            assert torch.equal(found[1], before[name][1]) if keep_finite else not found[1].isfinite(), name
+
+
 @pytest.mark.parametrize("shape", [(12, 5), (12, 5, 7)])
 def test_layers_of_vectors_are_normalised_in_groups_too(shape):
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ CORE = """
     section augment_schema options_schema schema deepspeed_schema deepspeed_keys config config_file batch schedule order
     window augment rungs tally dataset plan experiment versions hosts remote reach environment rendezvous lease fault
     saves resume samples metrics record inventory scaling scaling_paper scaling_text divergence identity lr_curve
-    sweep_file sweep_state
+    sweep_file sweep_state buckets cost
 """.split()
 TRAINING = ("torch", "torchvision", "deepspeed", "timm", "webdataset")
 NOT_FOR_SHARDS = ("torch", "deepspeed", "webdataset", "pipeline")

@@ -13,14 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.divergence import not_finite, overflowed
 from pipeline.engine import Engine, World
 from pipeline.metrics import Event, read_metrics
 from pipeline.overflow import OverflowCounter, Overflows
+from pipeline.saves import checkpoints_folder
 from tests.conftest import fork_ranks
 from tests.pipeline.test_engine import make_plan, micro_batch, network
 from tests.training import ENVIRONMENT, onehour, output_of, run_of
+from tests.updates import physical_batches
 
 READS_A_VALUE = ("_local_scalar_dense", "nonzero", "equal")
 """Operations of torch that wait for the device, because their answer is a value on the host."""
@@ -209,6 +213,50 @@ def test_a_storm_leaves_a_fused_optimizer_where_it_leaves_an_unfused_one(tmp_pat
             torch.testing.assert_close(fused["state"][name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def overflowing_forward(world: World, path: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Running statistics before and after an update whose first layer overflows in one channel, and after the next."""
+    changes = {"fp16.enabled": True, "fp16.initial_scale_power": 4, **changes}
+    engine = make_engine(world, path, changes)
+    layers = [module for module in engine.model.modules() if isinstance(module, _BatchNorm)]
+    first = next(iter(engine.model.parameters()))
+
+    def statistics() -> list[list[torch.Tensor]]:
+        return [[layer.running_mean.clone(), layer.running_var.clone()] for layer in layers]
+
+    states = []
+    for number in range(3):
+        good = first[2].clone()
+        with torch.no_grad():
+            first[2] *= 1e6 if number == 1 else 1
+        engine.update(iter(physical_batches(number, world.rank, engine.plan.batch)), number * engine.plan.batch.train)
+        with torch.no_grad():
+            first[2] = good if number == 1 else first[2]
+        states.append(statistics())
+    counted = engine.take_overflows()
+    engine.average_statistics()
+    return {"states": states, "counted": counted, "averaged": statistics()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer.params.fused": True}, {"recipe.step.ghost_batches": 2}],
+    ids=["plain", "fused", "ghosts"],
+)
+def test_an_overflow_of_the_forward_pass_leaves_no_trace_in_the_statistics(tmp_path, world_size, changes):
+    """Of one channel in the first BN layer, and of all that come after it in the second."""
+    for answer in fork_ranks(overflowing_forward, world_size, tmp_path, changes):
+        before, storm, after = answer["states"]
+        assert answer["counted"] == Overflows(1, 0, 1)
+        for kind in (0, 1):
+            others = [channel for channel in range(6) if channel != 2]
+            assert torch.equal(storm[0][kind][2], before[0][kind][2])
+            assert not torch.isclose(storm[0][kind][others], before[0][kind][others]).any()
+            assert torch.equal(storm[1][kind], before[1][kind])
+            assert all(layer[kind].isfinite().all() for layer in [*after, *answer["averaged"]])
+            assert not torch.equal(after[1][kind], storm[1][kind])
+
+
 def waits(world: World, path: Path, changes: dict[str, Any]) -> list[int]:
     """How often each of some updates waits for the device, the overflowing first ones among them."""
     engine = make_engine(world, path, {"fp16.enabled": True, "fp16.initial_scale_power": 20, **changes})
@@ -226,6 +274,28 @@ def test_an_update_that_may_overflow_waits_for_nothing_where_the_optimizer_is_fu
     [plain] = fork_ranks(waits, 1, tmp_path / "plain", {})
     assert fused == [0] * 6
     assert plain == [1] * 6
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def test_a_checkpoint_is_spoken_of_only_where_there_is_one(tmp_path: Path):
+    resolved = make_plan(tmp_path / "c.json", 1, **{"fp16.enabled": True})
+    folder = checkpoints_folder(resolved.config.run_folder)
+
+    def said() -> list[str]:
+        numbers = {"step": 60, "samples": 1920, "none_applied": False, "loss_scale": 1.0}
+        return [str(overflowed(resolved, 50, **numbers)), str(not_finite(resolved, "the loss is nan", 1920))]
+
+    for message in said():
+        assert f"No checkpoint had been saved by then: there is none in {folder}" in message
+        assert "last checkpoint" not in message
+    for step in (4, 41, 7):
+        (folder / f"step-{step}").mkdir(parents=True)
+    (folder / ".step-50.writing").mkdir()
+    for message in said():
+        assert f"The last checkpoint was saved before: {folder / 'step-41'}" in message
+        assert "No checkpoint" not in message
 
 
 # ---------------------------------------------------------------- whole runs
@@ -307,6 +377,6 @@ def test_a_storm_in_mid_run_is_said_to_be_a_divergence(write_config: Callable[..
         "Lower optimizer.params.lr",
         '"initial_scale_power": 8',
         'torch_autocast.dtype "bfloat16"',
-        "checkpoint",
+        "No checkpoint had been saved by then",
     ):
         assert mend in done.stderr

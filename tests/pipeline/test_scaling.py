@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from pipeline import buckets as gradient_buckets
 from pipeline import scaling, scaling_paper
 from pipeline.batch import Batch
 from pipeline.scaling import Bucket, Cluster, Gradient, Link, Step
@@ -119,6 +120,26 @@ def test_alone_is_what_predicts_the_measured_step():
 
 
 # ---------------------------------------------------------------- buckets
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([], []),
+        ([3, 3, 2], [[3, 3, 2]]),
+        ([3, 3, 3], [[3, 3], [3]]),
+        ([9, 1, 7, 1], [[9], [1, 7], [1]]),
+        ([1, 9], [[1], [9]]),
+    ],
+)
+def test_a_bucket_is_full_before_it_would_be_too_large(sizes, expected):
+    assert gradient_buckets.divide(sizes, 8, size=int) == expected
+
+
+def test_neighbours_of_another_kind_are_in_another_bucket():
+    items = [("a", 1), ("a", 2), ("b", 1), ("a", 1)]
+    found = gradient_buckets.divide(items, 8, size=lambda item: item[1], kind=lambda item: item[0])
+    assert found == [[("a", 1), ("a", 2)], [("b", 1)], [("a", 1)]]
 
 
 def test_buckets_are_filled_from_the_last_parameter_and_ready_with_their_latest():

@@ -186,6 +186,42 @@ def test_an_old_run_of_one_rank_will_do_as_it_waited_for_nobody(capsys, tmp_path
     assert found["step_seconds"] == pytest.approx(2.5 * 0.95 / 4)
 
 
+def resolved_by(folder: Path, *changes: str) -> Path:
+    """Beside a run's record, the configuration that it was of."""
+    (folder / config.RESOLVED_FILE).write_text(json.dumps(config.load(CONFIG_8K, changes).resolved()))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], []),
+        (["recipe.seed=3", "recipe.epochs=1", "train_batch_size=32", "optimizer.params.lr=0.2"], []),
+        (["recipe.transform.size=160"], ["recipe.transform.size is 160, not 224"]),
+        (
+            ["recipe.step.compile=true", "recipe.step.ghost_batches=4"],
+            ["recipe.step.compile is true, not false", "recipe.step.ghost_batches is 4, not auto"],
+        ),
+        (['recipe.model.freeze=["layer1.*"]'], ['recipe.model.freeze is ["layer1.*"], not []']),
+    ],
+)
+def test_what_may_have_cost_another_time_in_the_run_is_said(capsys, tmp_path, changes, said):
+    run = resolved_by(record(tmp_path / "run", device="2 × NVIDIA H100"), *changes)
+    arguments = ["--scaling", "--link-gbit", "40", "--from", str(run)]
+    found = answer(capsys, *arguments)
+    assert found["warnings"] == said
+    assert found["measured"] == f"{run}, 2 ranks on NVIDIA H100, median of 4 reports"
+    assert main([*PLAN, *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines if "recipe." in line] == said
+    assert sum("warning" in line for line in lines) == bool(said)
+
+
+def test_a_run_without_its_configuration_is_not_taken_for_granted(capsys, tmp_path):
+    (said,) = answer(capsys, "--scaling", "--link-gbit", "40", "--from", record(tmp_path / "run"))["warnings"]
+    assert said.startswith(f"there is no config.resolved.json in {tmp_path / 'run'}: its model, transform")
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.deepspeed_schema import DeepSpeedBlocks
+from pipeline.identity import NOT_TRAINING
+from pipeline.schema import Recipe
 from shards.errors import UserError
 from tests.pipeline.report.conftest import TRAIN, Run, rows_of, whole
 
@@ -84,3 +87,33 @@ def test_the_resolved_configuration_tells_edited_files_apart(tmp_path: Path) -> 
         }
         (folder / "config.resolved.json").write_text(json.dumps(resolved))
     assert [len(row.runs) for row in rows_of(folders)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ({"recipe": {"watchdog": {"withheld_updates": 5}}}, 1),
+        ({"recipe": {"cache": {"folder": "/elsewhere"}}}, 1),
+        ({"flops_profiler": {"enabled": True}, "log_level": "info", "timers": {"throughput": {"enabled": True}}}, 1),
+        ({"recipe": {"cache": {"gigabytes": 1}}}, 2),  # the order of a window depends on it
+        ({"recipe": {"step": {"tf32": True}}}, 2),
+        ({"optimizer": {"params": {"momentum": 0.8}}}, 2),
+    ],
+    ids=json.dumps,
+)
+def test_what_changes_nothing_that_is_learned_makes_no_other_row(
+    tmp_path: Path, change: dict[str, Any], rows: int
+) -> None:
+    folders = [whole(tmp_path / f"r{seed}", seed=seed).save() for seed in range(2)]
+    for folder, resolved in zip(folders, ({}, change), strict=True):
+        (folder / "config.resolved.json").write_text(json.dumps({"train_batch_size": 256, **resolved}))
+    assert len(rows_of(folders)) == rows
+
+
+def test_what_is_no_part_of_the_training_is_named_as_a_configuration_names_it() -> None:
+    for path in NOT_TRAINING:
+        ours = path.startswith("recipe.")
+        fields: Any = (Recipe if ours else DeepSpeedBlocks).model_fields
+        for name in path.removeprefix("recipe.").split("."):
+            assert name in fields, path
+            fields = getattr(fields[name].annotation, "model_fields", {})
