@@ -175,7 +175,7 @@ def _labelled(row: Row) -> str:
 
 
 def _heading(column: Column) -> str:
-    return f"{column.heading}, {column.unit}" if column.unit else column.heading
+    return f"{column.heading}<br>{column.unit}" if column.unit else column.heading
 
 
 def as_json(rows: Sequence[Row], page: Path, title: str | None = None) -> str:

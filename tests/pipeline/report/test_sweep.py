@@ -130,12 +130,12 @@ def test_the_markdown_table(sweep, tmp_path, capsys):
     lines = answer(capsys, path, "--runs", tmp_path / "runs", "--markdown").splitlines()
     assert lines[0] == "**Table 1: warmup**"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:7]]
-    assert cells[0][:5] == ["arm", "minibatch, kn, images", "learning, rate, peak", "seeds", "top-1 error, %"]
+    assert cells[0][:5] == ["arm", "minibatch<br>kn, images", "learning<br>rate, peak", "seeds", "top-1 error<br>%"]
     assert cells[0][5:9] == [
-        "difference, points of error",
-        "the paper, error, %",
-        "difference, in the paper",
-        "ours − paper, points of error",
+        "difference<br>points of error",
+        "the paper<br>error, %",
+        "difference<br>in the paper",
+        "ours − paper<br>points of error",
     ]
     # Welch: t(0.975; 2 degrees of freedom) = 4.303, √(0.36 / 3 + 0.04 / 3) = 0.3651
     assert cells[2][:9] == [
