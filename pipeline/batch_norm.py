@@ -39,7 +39,7 @@ class LogicalWorkerStatistics:
         model: its BN layers; a layer without momentum (a cumulative average) is left alone.
         accumulation: g, forward passes per update.
         keep_finite: put back what an update leaves that is not finite, as where a float16 activation overflowed; the
-            optimizer is kept from such an update. Ghost batches see to it themselves.
+            optimizer is kept from such an update.
     """
 
     def __init__(self, model: nn.Module, accumulation: int, *, keep_finite: bool = False) -> None:
@@ -109,11 +109,10 @@ def _kept_finite(statistics: list[torch.Tensor]) -> Iterator[None]:
 
 
 def _running_statistics(model: nn.Module) -> list[torch.Tensor]:
-    """Those that are moved by every pass, finite or not: of torch's BN layers, and of others that keep some."""
+    """Those that are moved by every pass, finite or not: of BN layers, and of others that keep some."""
     return [
         buffer
         for module in model.modules()
-        if not isinstance(module, _GroupNormaliser)
         for name, buffer in module.named_buffers(recurse=False)
         if name.startswith("running_")
     ]
@@ -156,8 +155,7 @@ class _GroupNormaliser(_BatchNorm):
     def _normalise(self, images: torch.Tensor) -> torch.Tensor:
         """(g·n, C, …) → the same, each n images normalised by themselves; statistics and arithmetic in float32.
 
-        The running statistics move once, by the mean of the groups': what g workers would have averaged to. They do
-        not move where it is not finite, as when a float16 activation overflowed: the update is withheld then.
+        The running statistics move once, by the mean of the groups': what g workers would have averaged to.
         """
         # splitting the images is a view in any memory format, and arithmetic keeps the order of the axes
         grouped = images.unflatten(0, (self.groups, -1))
@@ -177,7 +175,7 @@ class _GroupNormaliser(_BatchNorm):
             with torch.no_grad():
                 unbiased = variance.mean(dim=0).flatten() * (count / (count - 1))
                 for running, found in ((self.running_mean, mean.mean(dim=0).flatten()), (self.running_var, unbiased)):
-                    running += self.share * torch.where(torch.isfinite(found), found - running, 0)
+                    running += self.share * (found - running)
                 if self.num_batches_tracked is not None:
                     self.num_batches_tracked += 1
         return result.to(images.dtype).flatten(0, 1)

@@ -223,9 +223,8 @@ class Engine:
         self._normalise = Normalise(recipe.transform.mean, recipe.transform.std).to(world.device)
         if plan.batch.together > 1 or recipe.step.compile:
             make_ghosts(self.model, plan.batch.together)
-        self._statistics = LogicalWorkerStatistics(
-            self.model, plan.batch.passes, keep_finite=plan.config.precision == "float16"
-        )
+        self._float16 = plan.config.precision == "float16"
+        self._statistics = LogicalWorkerStatistics(self.model, plan.batch.passes, keep_finite=self._float16)
         self._frozen_norms = frozen_norms(self.model)
         self._averager = (
             GradientAverager(self.model.parameters()) if plan.averages_gradients and world.size > 1 else None
@@ -369,7 +368,7 @@ class Engine:
         """
         self._engine.eval()
         with self._statistics.single_passes():
-            precise_bn.recompute(self.model, self.forward, batches)
+            precise_bn.recompute(self.model, self.forward, batches, leave_out_overflows=self._float16)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights and position: optimizer tensors, loss scale, averaged weights."""

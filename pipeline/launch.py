@@ -268,7 +268,7 @@ class Launch:
         if ended.code == STOPPED:
             return Outcome(STOPPED, False, step, wanted=ended.wanted)
         several_hosts = self.args.hostfile is not None
-        print(_not_finished(self.folder, ended, fault, several_hosts=several_hosts), file=sys.stderr)
+        print(_not_finished(self.folder, events_before, ended, fault, several_hosts=several_hosts), file=sys.stderr)
         step = fault.step if fault is not None else step
         return Outcome(ended.code or FAILED, False, step, fault, ended.wanted)
 
@@ -375,7 +375,9 @@ def _ended_as(ending: str, folder: Path, after: int = 0) -> bool:
     return ending in kinds and "start" not in kinds[: kinds.index(ending)]
 
 
-def _not_finished(folder: Path, ended: launcher.Ended, fault: Fault | None, *, several_hosts: bool) -> str:
+def _not_finished(
+    folder: Path, events_before: int, ended: launcher.Ended, fault: Fault | None, *, several_hosts: bool
+) -> str:
     how = f"the launcher's exit code was {ended.code}"
     if ended.wanted and ended.code > 128:
         how = f"stopped by {signal.Signals(ended.code - 128).name}"
@@ -384,7 +386,7 @@ def _not_finished(folder: Path, ended: launcher.Ended, fault: Fault | None, *, s
         lines.append(fault.what)
     if (folder / FILE_NAME).exists():
         lines.append(f"What happened is above and in {folder / FILE_NAME}.")
-        if not _ended_as("diverged", folder):  # else it would come apart once more
+        if not _ended_as("diverged", folder, events_before):  # else it would come apart once more
             lines.append("The same command continues from the last checkpoint.")
     elif several_hosts and ended.code == 0:
         lines.append(f"{folder / FILE_NAME} is not there, though the launcher saw no failure.")

@@ -38,7 +38,11 @@ def check(network: nn.Module) -> None:
 
 @torch.no_grad()
 def recompute(
-    network: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[MicroBatch]
+    network: nn.Module,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterable[MicroBatch],
+    *,
+    leave_out_overflows: bool = False,
 ) -> None:
     """Replace running statistics by their means over the batches of this rank; averaging over ranks is the caller's.
 
@@ -50,20 +54,26 @@ def recompute(
             (`LogicalWorkerStatistics.single_passes`); in evaluation mode afterwards.
         forward: uint8 images of shape (n, 3, size, size) → anything, through the network.
         batches: at least one.
+        leave_out_overflows: means are over the passes in which a channel's statistics were finite, as where activations
+            are float16; a channel that has none is left as NaN.
     """
     chosen = layers(network)
     buffers = [buffer for layer in chosen for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
     sums = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
-    passes = 0
+    passes = [torch.zeros_like(total) for total in sums]
     for layer in chosen:
         layer.train()
     for batch in batches:
         # what a pass adds its difference to, scaled by one, must not round it
         torch._foreach_zero_(buffers)
         forward(batch.images)
-        torch._foreach_add_(sums, [buffer.double() for buffer in buffers])
-        passes += 1
+        found = [buffer.double() for buffer in buffers]
+        counted = [torch.isfinite(each) if leave_out_overflows else torch.ones_like(each) for each in found]
+        if leave_out_overflows:
+            found = [torch.where(finite, each, 0) for finite, each in zip(counted, found, strict=True)]
+        torch._foreach_add_(sums, found)
+        torch._foreach_add_(passes, [each.double() for each in counted])
     for layer in chosen:
         layer.eval()
-    for buffer, total in zip(buffers, sums, strict=True):
-        buffer.copy_(total / passes)
+    for buffer, total, count in zip(buffers, sums, passes, strict=True):
+        buffer.copy_(total / count)

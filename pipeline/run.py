@@ -108,13 +108,13 @@ class Run:
         """
         try:
             self._train()
+            if self.step < self.plan.steps:
+                self._stop()
+                return False
         except DivergenceError as error:
             if error.is_result and self.monitor is not None:
                 self.monitor.diverged(step=self.step, samples=self.samples, why=error.headline)
             raise
-        if self.step < self.plan.steps:
-            self._stop()
-            return False
         self._finish()
         return True
 

@@ -389,10 +389,12 @@ class _Teller:
             console.print()
         diverged = f", {self._diverged} {'has' if self._diverged == 1 else 'have'} diverged" if self._diverged else ""
         console.print(f"{self._done} of {self._total} runs have finished{diverged}")
+        # which would begin anew what has diverged
+        same = "the same command without --restart" if args.restart else "the same command"
         if stopped:
-            console.print("stopped: the same command goes on where the runs were saved")
+            console.print(f"stopped: {same} goes on where the runs were saved")
         elif self._failed:
-            console.print("the same command tries again what failed")
+            console.print(f"{same} tries again what failed")
         if self._diverged:
             console.print("to diverge is an ending: only --restart trains such a run anew")
         out = f" --runs {args.out}" if args.out else ""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline import cli, config, dataset, transfer
-from pipeline.batch_norm import average_statistics, batch_norms
+from pipeline.batch_norm import LogicalWorkerStatistics, average_statistics, batch_norms, make_ghosts
 from pipeline.engine import Engine, World
 from pipeline.experiment import open_run
 from pipeline.metrics import read_metrics
@@ -144,6 +144,31 @@ def test_what_was_there_before_leaves_no_trace():
     recompute(model, lambda images: model(images.float()), [batch])
     torch.testing.assert_close(model[0].running_mean, batch.images.float().mean((0, 2, 3)), rtol=1e-6, atol=0)
     assert len(batch.images) == N_MICRO
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_pass_that_overflows_in_a_channel_is_left_out_of_it_alone(groups):
+    """Of a float16 training; in others it shows, and the run is ended."""
+    found = {}
+    for leave_out in (True, False):
+        model = nn.Sequential(nn.BatchNorm2d(3, momentum=1.0)).eval()
+        make_ghosts(model, groups)
+        good, bad = micro_batch(0, 0), micro_batch(0, 1)
+
+        def forward(images: torch.Tensor, model: nn.Module = model, bad: torch.Tensor = bad.images) -> torch.Tensor:
+            images, overflows = images.float(), images is bad
+            images[0, 1, 0, 0] = torch.inf if overflows else images[0, 1, 0, 0]
+            return model(images)
+
+        with LogicalWorkerStatistics(model, 1).single_passes():
+            recompute(model, forward, [good, bad], leave_out_overflows=leave_out)
+        found[leave_out] = model[0].running_mean.clone(), model[0].running_var.clone()
+    of_the_good = good.images.float().mean((0, 2, 3))[1]
+    torch.testing.assert_close(found[True][0][1], of_the_good, rtol=1e-6, atol=0)
+    assert found[True][1].isfinite().all() and not found[False][0][1].isfinite() and not found[False][1][1].isfinite()
+    both = torch.stack([batch.images.float().mean((0, 2, 3)) for batch in (good, bad)]).mean(0)
+    for leave_out in (True, False):
+        torch.testing.assert_close(found[leave_out][0][::2], both[::2], rtol=1e-6, atol=0)
 
 
 # ---------------------------------------------------------------- whole runs
