@@ -205,6 +205,7 @@ def test_the_folder_of_a_run_is_left_alone(write_config, capfd):
     assert sorted(file.name for file in run_of(path).rglob("*")) == before
 
 
+@pytest.mark.slow  # two launches
 @pytest.mark.launcher
 def test_the_command_shows_a_curve_and_writes_nothing_but_its_folder(write_config, tmp_path):
     monitors = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "monitors")}}
