@@ -12,11 +12,16 @@ class DivergenceError(UserError):
     """The training has come apart; every rank meets it at the same update.
 
     Attributes:
-        is_result: whether that is what the recipe comes to, and its record says so. False where no update was ever
-            applied: nothing was trained then, and the precision is what has to be mended.
+        is_result: whether that is what the recipe comes to, and its record says so.
     """
 
     is_result = True
+
+
+class NeverAppliedError(DivergenceError):
+    """No update was ever applied: nothing was trained, and the precision is what has to be mended."""
+
+    is_result = False
 
 
 def not_finite(plan: Plan, what: str, samples: int) -> DivergenceError:
@@ -55,9 +60,7 @@ def overflowed(
         f"recipe.watchdog.withheld_updates is {config.recipe.watchdog.withheld_updates}; 0 goes on whatever overflows.",
     ]
     if none_applied:
-        error = DivergenceError(f"{headline}: none was ever applied", *lines)
-        error.is_result = False
-        return error
+        return NeverAppliedError(f"{headline}: none was ever applied", *lines)
     return DivergenceError(
         headline,
         "Where the loss rose before, it has diverged. Lower optimizer.params.lr, or lengthen "

@@ -245,7 +245,7 @@ class Launch:
         )
         if saved is not None:
             resume.check(saved, plan)
-            if saved.step >= plan.steps and _finished(self.folder):
+            if saved.step >= plan.steps and _ended_as("finished", self.folder):
                 self.console.print(
                     f"{self.folder} is finished: all {plan.steps:,} updates are done. Train anew with --fresh.",
                     markup=False,
@@ -260,7 +260,7 @@ class Launch:
         events_before = len(read_metrics(self.folder / FILE_NAME)) if (self.folder / FILE_NAME).exists() else 0
         ended, token, reached = self.start(ranks, prepared, interrupt=interrupt)
         step = reached if reached is not None else saved.step if saved is not None else 0
-        if _finished(self.folder, after=events_before):
+        if _ended_as("finished", self.folder, events_before):
             print_summary(self.folder, self.console)
             return Outcome(ended.code, True, step)
         fault = next(iter(faults_of(self.folder, token)), None)
@@ -359,11 +359,6 @@ def _set_aside(folder: Path, console: Console) -> None:
     aside = folder.with_name(f"{folder.name}-until-{datetime.now():%Y%m%d-%H%M%S}")
     folder.rename(aside)
     console.print(f"the earlier run is kept as {aside}", markup=False)
-
-
-def _finished(folder: Path, after: int = 0) -> bool:
-    """Whether the record says that the run finished, in an event beyond the first `after`."""
-    return _ended_as("finished", folder, after)
 
 
 def _ended_as(ending: str, folder: Path, after: int = 0) -> bool:

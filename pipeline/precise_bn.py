@@ -67,12 +67,10 @@ def recompute(
         # what a pass adds its difference to, scaled by one, must not round it
         torch._foreach_zero_(buffers)
         forward(batch.images)
-        found = [buffer.double() for buffer in buffers]
-        counted = [torch.isfinite(each) if leave_out_overflows else torch.ones_like(each) for each in found]
-        if leave_out_overflows:
-            found = [torch.where(finite, each, 0) for finite, each in zip(counted, found, strict=True)]
-        torch._foreach_add_(sums, found)
-        torch._foreach_add_(passes, [each.double() for each in counted])
+        for buffer, total, count in zip(buffers, sums, passes, strict=True):
+            counted = torch.isfinite(buffer) if leave_out_overflows else torch.ones_like(buffer, dtype=torch.bool)
+            total += torch.where(counted, buffer, 0)
+            count += counted
     for layer in chosen:
         layer.eval()
     for buffer, total, count in zip(buffers, sums, passes, strict=True):

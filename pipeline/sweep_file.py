@@ -224,15 +224,17 @@ def load(path: str | Path) -> Sweep:
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader: it makes plain values only
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         known = sorted(str(p) for suffix in SWEEP_SUFFIXES for p in path.parent.glob(f"*{suffix}"))
         raise UserError(f"{path}: there is no such sweep file{did_you_mean(str(path), known)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a sweep file: {error}") from None
+    if path.suffix == ".json":
+        raise UserError(f"{path} is a configuration, not a sweep", f"Train it with: onehour train {path}")
+    try:
+        values = yaml.load(text, _Loader)  # a SafeLoader: it makes plain values only
     except yaml.MarkedYAMLError as error:
-        if path.suffix == ".json":
-            raise UserError(f"{path} is a configuration, not a sweep", f"Train it with: onehour train {path}") from None
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:  # of a value, as a date without a 13th month

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pipeline import config
 from pipeline.config import RESOLVED_FILE, Config
@@ -14,6 +14,7 @@ from pipeline.metrics import FILE_NAME, Event, read_metrics
 from pipeline.plan import Plan
 from pipeline.record import RunRecord
 from pipeline.saves import saved_steps
+from pipeline.sweep_file import SweepRun
 from shards.errors import UserError
 
 LOG_FILE = "sweep.jsonl"
@@ -26,6 +27,13 @@ LOG_FILE = "sweep.jsonl"
 STARTED, ENDED = "run started", "run ended"
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
+
+
+class Resolved(NamedTuple):
+    """A run, and what it would train."""
+
+    run: SweepRun
+    plan: Plan
 
 
 @dataclass(frozen=True)

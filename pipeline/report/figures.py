@@ -109,11 +109,11 @@ def _draw_runs(
     counted = [curve for record in row.counted.values() if (curve := points(record))]
     if counted:
         draw_mean(axes, counted, order=order, **style)
-        style = {key: value for key, value in style.items() if key != "label"}
+        style = style | {"label": None}
     for record in row.diverged.values():
         if curve := points(record):
             draw_apart(axes, curve, **style)
-            style = {key: value for key, value in style.items() if key != "label"}
+            style = style | {"label": None}
 
 
 def _legend(row: Row) -> str:

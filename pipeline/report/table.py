@@ -163,7 +163,7 @@ def as_markdown(rows: Sequence[Row], title: str | None = None) -> str:
     for row in rows:
         cells = [_labelled(row)]
         for column in shown:
-            note = column.note(row) if column.note in (_interval, _survivors) else ""
+            note = "" if column.note is _source else column.note(row)  # long, and the page's alone
             cells.append(column.cell(row) + (f" ({note})" if note else ""))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", *(f"- {remark}" for row in rows for remark in remarks(row))]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import config, config_file
+from pipeline import config, config_file, sweep_file
 from shards.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -102,6 +102,15 @@ def test_another_decay_takes_the_milestones_away_by_null():
 def test_a_sweep_is_not_taken_for_a_configuration(tmp_path):
     path = CONFIGS / "sweeps" / "table1.yaml"
     assert refusal(path) == f"{path} is a sweep, not a configuration\n  Train its arms with: onehour sweep {path}"
+
+
+@pytest.mark.parametrize("name", ["imagenet_256.json", "cifar10_small.json"])
+def test_a_configuration_is_not_taken_for_a_sweep(name):
+    """One that YAML can read as well (it has no comments), and one that it cannot."""
+    path = CONFIGS / name
+    with pytest.raises(UserError) as told:
+        sweep_file.load(path)
+    assert str(told.value) == f"{path} is a configuration, not a sweep\n  Train it with: onehour train {path}"
 
 
 def test_an_extended_configuration_is_the_one_written_out(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import cli, config, plan, sweep, sweep_file
+from pipeline import cli, config, plan, sweep, sweep_file, sweep_screen
 from pipeline.experiment import open_run
 from pipeline.fault import FAILED, FINISHED, MISTAKE, STOPPED
 from pipeline.metrics import read_metrics
@@ -306,11 +306,11 @@ def test_what_each_run_is_started_with(write_sweep):
 
 
 def test_progress_is_read_from_the_end_of_a_record_that_is_being_written(tmp_path):
-    assert sweep._progress(tmp_path) == ""
+    assert sweep_screen._progress(tmp_path) == ""
     lines = [{"event": "start"}, *({"event": "train", "epoch": number / 100} for number in range(900)), {"event": "x"}]
     text = "\n".join(map(json.dumps, lines)) + '\n{"event": "train", "epo'
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert sweep._progress(tmp_path) == "epoch 8.99"
+    assert sweep_screen._progress(tmp_path) == "epoch 8.99"
 
 
 # ---------------------------------------------------------------- how far a run is
