@@ -34,7 +34,7 @@ def test_killed_half_way_and_started_again_it_trains_what_is_missing(
         {"name": "short", "set": {"recipe.epochs": 2}, "paper": {"error": 23.6, "std": 0.12}},
         {
             "name": "long",
-            "set": {"recipe.epochs": 14, "train_batch_size": 16, "recipe.checkpoint.every_epochs": 2},
+            "set": {"recipe.epochs": 30, "train_batch_size": 16, "recipe.checkpoint.every_epochs": 2},
             "paper": {"error": 23.74},
         },
     ]
@@ -49,7 +49,11 @@ def test_killed_half_way_and_started_again_it_trains_what_is_missing(
     process = onehour(*words, ONEHOUR_TEST=str(tmp_path))
     try:
         deadline = time.monotonic() + 200
-        while not (saved := [run for run in long if events(run / "metrics.jsonl", "checkpoint")]):
+        # both: the second of the short ones may still be at it when the first of the others has saved
+        while not (
+            (saved := [run for run in long if events(run / "metrics.jsonl", "checkpoint")])
+            and all(events(run / "metrics.jsonl", "finished") for run in short)
+        ):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
